@@ -15,14 +15,17 @@ import re
 import time
 import warnings
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Literal
 
+import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import safetensors.torch
+import seaborn as sns
 import timm
 import torch
 import torch.nn.functional as F
@@ -80,15 +83,16 @@ class Config:
     weight_decay: NotNegative = 5e-4
     schedule: Literal["constant", "cosine", "step", "warmup_cosine"] = "cosine"
     precision: Literal["auto", "float32", "bf16", "fp16"] = "auto"
-    # head: "train" along with the backbone; "ridge" solves it, then freezes it; "probe" trains only it
-    head: Literal["train", "ridge", "probe"] = "train"  # sparse "train": a probe first, then frozen
-    head_rounds: Count = 30                # rounds or epochs of that probe
+    # head: "train" with the backbone (sparse runs: alone at first, for head_rounds, then frozen);
+    # "ridge" solved in closed form, then frozen; "probe" trained alone
+    head: Literal["train", "ridge", "probe"] = "train"
+    head_rounds: Count = 30
     ridge_l2: Positive = 1.0
     # mask
     rule: Literal[None, *RULES] = None     # None trains all weights
-    sparsity: Annotated[float, Field(ge=0, le=1)] = 0.9  # share of maskable weights that is frozen
+    sparsity: Annotated[float, Field(ge=0, le=1)] = 0.9  # share of the maskable weights frozen
     calibration_rounds: Count = 4          # R
-    calibration: Literal["central", "mean", "max", "vote"] = "central"  # else clients score; combine
+    calibration: Literal["central", "mean", "max", "vote"] = "central"  # or how clients combine
     calibration_images: Count = 512        # scored in a calibration round, all clients together
     calibration_clients: Share = 1.0       # share of the clients that score in a calibration round
 
@@ -109,7 +113,7 @@ def preset(name: str, **changes) -> Config:
     full: DINO ViT-S/16 at 224 px. lite: the same at 96 px. demo: a small ViT at 32 px, minutes on a
     CPU; where CIFAR-100 cannot be had it warns and takes the synthetic images.
     """
-    presets = {"full": {}, "lite": dict(image_size=96),
+    presets = {"full": {}, "lite": {"image_size": 96},
                "demo": dict(weights="mini", arch="mini", image_size=32, batch_size=32, lr=0.02,
                             num_rounds=20, num_epochs=3, eval_every=5, head_rounds=10,
                             eval_images=2000)}
@@ -126,21 +130,12 @@ def preset(name: str, **changes) -> Config:
 
 
 def identity(cfg: Config) -> dict:
-    """The fields that decide a run's result, without those that this kind of run never reads.
+    """What tells runs apart: the fields that are not at their default, the name aside.
 
-    Dense runs that differ in `sparsity` alone are one run, trained once and found again.
+    A field that a later version adds therefore leaves the identity of stored runs as it is.
     """
-    federated, scored = cfg.algorithm != "centralized", cfg.rule in RULES[:2]
-    unread = {"name": True, "num_epochs": federated, "prox_mu": cfg.algorithm != "fedprox",
-              **dict.fromkeys(("server_lr", "server_momentum"), cfg.server in ("average", "fedexp")),
-              "sparsity": not cfg.rule, "ridge_l2": cfg.head != "ridge",
-              "head_rounds": not cfg.rule or cfg.head != "train",
-              "calibration_clients": not scored or cfg.calibration == "central",
-              **dict.fromkeys(("calibration", "calibration_rounds", "calibration_images"), not scored)}
-    if not federated:
-        unread |= dict.fromkeys(("num_clients", "participation", "classes_per_client", "local_steps",
-                                 "num_rounds", "server", "server_lr", "server_momentum", "calibration", "calibration_clients"), True)
-    return {k: v for k, v in asdict(cfg).items() if not unread.get(k)}
+    return {f.name: getattr(cfg, f.name) for f in fields(cfg)
+            if f.name != "name" and getattr(cfg, f.name) != f.default}
 
 
 def digest(value) -> str:
@@ -190,6 +185,10 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def hardware() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+
+
 def load_data(cfg: Config) -> Data:
     """CIFAR-100 from $DATA_DIR, else ./data, else downloaded; or the synthetic set.
 
@@ -204,11 +203,11 @@ def _read(dataset: str, folder: str, where: torch.device) -> list[Tensor]:
     if dataset == "synthetic":
         return [t.to(where) for per_class in (120, 20) for t in _synthetic(per_class)]
     try:
-        parts = [torchvision.datasets.CIFAR100(folder, train, download=True) for train in (True, False)]
+        parts = [torchvision.datasets.CIFAR100(folder, t, download=True) for t in (True, False)]
     except (OSError, RuntimeError) as error:
         raise FileNotFoundError(
-            f"CIFAR-100 is not in {folder!r} and cannot be downloaded ({error}). Set DATA_DIR to the "
-            "folder that holds cifar-100-python/, or connect to the network, or choose "
+            f"CIFAR-100 is not in {folder!r} and cannot be downloaded ({error}). Set DATA_DIR to "
+            "the folder that holds cifar-100-python/, or connect to the network, or choose "
             "dataset='synthetic'.") from error
     return [t.to(where) for part in parts for t in (
         torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets))]
@@ -233,8 +232,8 @@ def split(labels: np.ndarray, val_fraction: float, seed: int) -> tuple[np.ndarra
         members = draw.permutation(np.flatnonzero(labels == c))
         cut = round(val_fraction * len(members))
         if not 0 < cut < len(members):
-            raise ValueError(f"{val_fraction=} puts {cut} of the {len(members)} images of class {c} "
-                             "in validation: both parts need at least one")
+            raise ValueError(f"{val_fraction=} puts {cut} of the {len(members)} images of class "
+                             f"{c} in validation: both parts need at least one")
         parts[0].append(members[cut:])
         parts[1].append(members[:cut])
     return tuple(np.sort(np.concatenate(p)) for p in parts)
@@ -253,21 +252,23 @@ def shard(labels: np.ndarray, num_clients: int, classes_per_client: int | None =
     per_client, n = classes_per_client or 1, len(classes)
     if not 1 <= num_clients <= len(labels) or not 1 <= per_client <= n or (
             classes_per_client and num_clients * per_client < n):
-        raise ValueError(f"{num_clients=} with {classes_per_client=} cannot hold {len(labels)} images "
-                         f"of {n} classes: K must be 1 to {len(labels)}, Nc 1 to {n}, K*Nc at least {n}")
+        raise ValueError(
+            f"{num_clients=} with {classes_per_client=} cannot hold {len(labels)} images of {n} "
+            f"classes: K must be 1 to {len(labels)}, Nc 1 to {n}, and K*Nc at least {n}")
     if classes_per_client is None:
         return np.array_split(draw.permutation(len(labels)), num_clients)
     owned = np.zeros((num_clients, n), bool)
     for k in range(num_clients):  # each takes the classes with the fewest owners, ties drawn
         owned[k, np.lexsort((draw.random(n), owned.sum(0)))[:per_client]] = True
     shards, sizes = [[] for _ in range(num_clients)], np.zeros(num_clients, int)
-    for c, count, held in zip(classes, counts, owned.T):
+    for c, count, held in zip(classes, counts, owned.T, strict=True):
         owners = draw.permutation(np.flatnonzero(held))
         if len(owners) > count:
-            raise ValueError(f"{num_clients=} with {classes_per_client=} makes {len(owners)} clients "
-                             f"share the {count} images of class {c}: lower one of them")
+            raise ValueError(f"{num_clients=} with {classes_per_client=} makes {len(owners)} "
+                             f"clients share the {count} images of class {c}: lower one of them")
         owners = owners[np.argsort(sizes[owners], kind="stable")]  # array_split's first are longer
-        for k, part in zip(owners, np.array_split(draw.permutation(np.flatnonzero(labels == c)), len(owners))):
+        members = draw.permutation(np.flatnonzero(labels == c))
+        for k, part in zip(owners, np.array_split(members, len(owners)), strict=True):
             shards[k].append(part)
             sizes[k] += len(part)
     return [np.concatenate(s) for s in shards]
@@ -320,7 +321,7 @@ def build_model(cfg: Config, num_classes: int = 100) -> nn.Module:
     """
     arch = ARCHS[cfg.arch or ("mini" if cfg.weights == "mini" else "vits16")]
     if cfg.image_size % (patch := arch.get("patch_size", 16)):
-        raise ValueError(f"image_size={cfg.image_size} must be a multiple of the patch size {patch}")
+        raise ValueError(f"image_size={cfg.image_size} must be a multiple of the patch, {patch}")
     with torch.random.fork_rng():  # timm draws from torch's global generator
         torch.manual_seed(int(rng("init", cfg.seed).integers(2**31)))
         model = timm.create_model(**arch, img_size=cfg.image_size, num_classes=num_classes)
@@ -328,7 +329,7 @@ def build_model(cfg: Config, num_classes: int = 100) -> nn.Module:
         state = {n: w for n, w in _read_weights(cfg.weights).items() if not n.startswith("head.")}
         state["pos_embed"] = timm.layers.resample_abs_pos_embed(
             state["pos_embed"], model.patch_embed.grid_size, num_prefix_tokens=1)
-        model.load_state_dict(state | {n: model.get_parameter(n) for n in HEAD})
+        model.load_state_dict(state | {n: model.get_parameter(n) for n in HEAD})  # strict
     return model.to(device())
 
 
@@ -350,8 +351,13 @@ def _read_weights(source: str) -> Params:
             errors.append(f"{type(error).__name__}: {str(error)[:200]}")
     raise FileNotFoundError(
         "DINO's weights cannot be downloaded. Connect to the network and run again; or put "
-        f"{DINO.rpartition('/')[2]} on disk and set weights='<its path>'; or use the small ViT that "
-        f"comes with this repository: preset('demo'). Tried: {'; '.join(errors)}")
+        f"{DINO.rpartition('/')[2]} on disk and set weights='<its path>'; or use the small ViT of "
+        f"this repository, preset('demo'). Tried: {'; '.join(errors)}")
+
+
+def backbone(model: nn.Module) -> Params:
+    """All weights but the head's."""
+    return {n: w for n, w in model.state_dict().items() if n not in HEAD}
 
 
 def features(model: nn.Module, images: Tensor, batch: int = 500) -> Tensor:
@@ -370,11 +376,11 @@ def ridge_sums(x: Tensor, labels: Tensor, num_classes: int = 100) -> tuple[Tenso
 
 def ridge_from_sums(sums: list[tuple[Tensor, Tensor]], l2: float) -> Params:
     """The ridge head of all clients' data together, from their `ridge_sums`; the bias is free."""
-    gram, target = (sum(part) for part in zip(*sums))
+    gram, target = (sum(part) for part in zip(*sums, strict=True))
     penalty = torch.full_like(gram[0], l2)
     penalty[-1] = 0
     w = torch.linalg.solve(gram + penalty.diag(), target)
-    return dict(zip(HEAD, (w[:-1].T.contiguous(), w[-1])))
+    return dict(zip(HEAD, (w[:-1].T.contiguous(), w[-1]), strict=True))
 
 
 def ridge_head(x: Tensor, labels: Tensor, l2: float, num_classes: int = 100) -> Params:
@@ -388,8 +394,9 @@ def sharpen(head: Params, x: Tensor, labels: Tensor) -> Params:
     Regression fits 0 and 1, not logits: the softmax of such numbers is close to uniform.
     """
     logits = x.double() @ head[HEAD[0]].T + head[HEAD[1]]
-    best = min((2.0**i for i in range(10)), key=lambda s: float(F.cross_entropy(s * logits, labels)))
-    return {n: w * best for n, w in head.items()}
+    factors = 2.0 ** torch.arange(10)
+    losses = torch.stack([F.cross_entropy(s * logits, labels) for s in factors.tolist()])
+    return {n: w * factors[losses.argmin()] for n, w in head.items()}
 
 
 def precision(cfg: Config):
@@ -404,15 +411,18 @@ def precision(cfg: Config):
     return torch.autocast(where, dtype) if dtype else nullcontext(), 1024 if kind == "fp16" else 1
 
 
+NO_CONTEXT = nullcontext()
+
+
 def evaluate(model: nn.Module, images: Tensor, labels: Tensor, batch: int = 500,
-             context=nullcontext()) -> dict:
+             context=NO_CONTEXT) -> dict:
     """Mean loss, top-1, top-5 and per-class accuracy (shares of 1) on uint8 images (n, 3, h, w)."""
     model.eval()
     with torch.inference_mode(), context:
         logits = torch.cat([model(prepare(x, model)).float() for x in images.split(batch)])
         hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
         count = partial(torch.bincount, labels, minlength=logits.shape[1])
-        per_class = zip(count(hits[:, 0].double()).tolist(), count().tolist())
+        per_class = zip(count(hits[:, 0].double()).tolist(), count().tolist(), strict=True)
         return dict(loss=F.cross_entropy(logits, labels).item(), images=len(labels),
                     top1=hits[:, 0].double().mean().item(), top5=hits.any(1).double().mean().item(),
                     per_class=[h / n if n else None for h, n in per_class])
@@ -488,7 +498,8 @@ def squared_gradients(layer: nn.Module, x: Tensor, d: Tensor) -> Params:
         weight = (d * F.layer_norm(x, layer.normalized_shape, eps=layer.eps)).sum(1)
     else:
         weight = torch.einsum("nto,nti->noi", d, x)
-    return {"weight": weight.square().sum(0).view_as(layer.weight), "bias": d.sum(1).square().sum(0)}
+    return {"weight": weight.square().sum(0).view_as(layer.weight),
+            "bias": d.sum(1).square().sum(0)}
 
 
 def sensitivity(model: nn.Module, images: Tensor, labels: Tensor | np.random.Generator,
@@ -518,10 +529,10 @@ def sensitivity(model: nn.Module, images: Tensor, labels: Tensor | np.random.Gen
              {n.rpartition(".")[0] for n in total}]
     model.eval()
     try:
-        for x, *y in zip(images.split(chunk), *([labels.split(chunk)] if isinstance(labels, Tensor) else [])):
-            x = prepare(x, model).detach().requires_grad_()
+        for i in range(0, len(images), chunk):
+            x = prepare(images[i:i + chunk], model).detach().requires_grad_()
             logp = torch.func.functional_call(model, weights, (x,)).log_softmax(1)
-            y = y[0] if y else _sample(logp, labels)
+            y = labels[i:i + chunk] if isinstance(labels, Tensor) else _sample(logp, labels)
             torch.autograd.grad(logp.gather(1, y[:, None]).sum(), x)
     finally:
         for hook in hooks:
@@ -551,7 +562,7 @@ def flat(params: Params) -> Tensor:
 
 def unflat(vector: Tensor, like: Params) -> Params:
     parts = vector.split([p.numel() for p in like.values()])
-    return {n: part.view_as(p) for (n, p), part in zip(like.items(), parts)}
+    return {n: part.view_as(p) for (n, p), part in zip(like.items(), parts, strict=True)}
 
 
 def lowest(scores: Tensor, k: int, draw: np.random.Generator) -> Tensor:
@@ -573,13 +584,13 @@ def lowest(scores: Tensor, k: int, draw: np.random.Generator) -> Tensor:
 def calibrate_mask(model: nn.Module, images: Tensor | list[Tensor], *, rule: str, sparsity: float,
                    rounds: int = 4, labels=None, soft: float = 0.1, seed: int = 0, names=None,
                    combine: str = "mean", participation: float = 1.0, chunk: int = 16) -> Params:
-    """The mask (bool, True = trained): exactly round((1 - sparsity) * m) of the m entries of `names`.
+    """A mask (bool, True = trained) with exactly round((1 - sparsity) * m) of m entries True.
 
     Sensitivity rules follow Iurada et al. 2025, Algorithm 1: each of `rounds` scores afresh with
     frozen weights damped by `soft` and labels redrawn (unless given), then cuts further; what is
     frozen never returns. Lists of images (and labels), a tensor a client, calibrate in federation:
     a share `participation` of the clients scores, and the server combines by "mean", "max" (of the
-    scores per image) or "vote" (each client's own cut as a bitmap). ValueError for other choices.
+    scores per image) or "vote" (each client's own cut as a bitmap). `names` defaults to `maskable`.
     """
     if rule not in RULES or not 0 <= sparsity <= 1 or combine not in ("mean", "max", "vote"):
         raise ValueError(f"{rule=} must be one of {RULES}, {sparsity=} from 0 to 1, and {combine=} "
@@ -631,7 +642,8 @@ def composition(mask: Params) -> dict[str, list[int]]:
     counts = {}
     for n, c in mask.items():
         kind = re.sub(r"^blocks\.\d+\.", "", n)
-        parts = zip(("query", "key", "value"), c.chunk(3)) if ".qkv." in n else [("qkv", c)]
+        qkv = zip(("query", "key", "value"), c.chunk(3), strict=True)
+        parts = qkv if ".qkv." in n else [("qkv", c)]
         for part, entries in parts:
             old = counts.get(name := kind.replace("qkv", part), (0, 0))
             counts[name] = [old[0] + int(entries.sum()), old[1] + entries.numel()]
@@ -695,6 +707,7 @@ class State:
     best: Params | None = None   # of the evaluation with the best validation accuracy
     best_round: int = 0
     seconds: float = 0.0
+    error: str = ""              # why the run cannot go on
 
 
 @dataclass(frozen=True)
@@ -709,7 +722,8 @@ class Run:
     facts: dict                  # provenance, for the stored result
 
     def load(self, params: Params):
-        torch._foreach_copy_([p.data for p in self.trained.values()], [params[n] for n in self.trained])
+        torch._foreach_copy_([p.data for p in self.trained.values()],
+                             [params[n] for n in self.trained])
 
 
 def cohort(num_clients: int, share: float, *key) -> np.ndarray:
@@ -765,7 +779,7 @@ def client_update(run: Run, state: State, k: int, lr: float) -> tuple[Params, Te
     for images, labels in batches(run, np.concatenate([*passes, run.shards[k]])[:need], draw):
         loss += sgd_step(run, opt, images, labels, adjust)
     torch._foreach_sub_(theta, server)
-    return dict(zip(run.trained, theta)), loss / max(1, cfg.local_steps)
+    return dict(zip(run.trained, theta, strict=True)), loss / max(1, cfg.local_steps)
 
 
 def federated_round(run: Run, state: State) -> State:
@@ -780,7 +794,8 @@ def federated_round(run: Run, state: State) -> State:
     squares, losses = [], []
     for k in clients:
         vector, loss = client_update(run, state, k, lr)
-        torch._foreach_add_(list(mean.values()), list(vector.values()), alpha=len(run.shards[k]) / total)
+        torch._foreach_add_(list(mean.values()), list(vector.values()),
+                            alpha=len(run.shards[k]) / total)
         squares.append(squared_norm(vector))
         losses.append(loss)
         if cfg.algorithm == "scaffold":
@@ -790,7 +805,7 @@ def federated_round(run: Run, state: State) -> State:
     params, memory = server_step(cfg, state.params, mean, fedexp.clamp(min=1), memory)
     norms = torch.stack([squares.mean().sqrt(), squared_norm(mean).sqrt(), fedexp])
     losses, norms = losses.tolist(), norms.tolist()  # the round's only wait for the device
-    refuse_divergence(cfg, dict(zip(clients, losses)), state.round + 1, lr)
+    refuse_divergence(cfg, dict(zip(clients, losses, strict=True)), state.round + 1, lr)
     free = sum(int(c.sum()) for c in run.mask.values()) if run.mask else flat(params).numel()
     sent = 4 * len(clients) * (1 + (cfg.algorithm == "scaffold"))  # bytes of an entry, in float32
     row = dict(round=state.round + 1, lr=lr, train_loss=sum(losses) / len(losses),
@@ -855,11 +870,12 @@ def centralized_epoch(run: Run, state: State) -> State:
         opt.state[run.trained[n]]["momentum_buffer"] = buffer.clone()
     steps, loss = math.ceil(len(run.data.train) / cfg.batch_size), 0.0
     for i, (images, labels) in enumerate(batches(run, draw.permutation(run.data.train), draw)):
-        lr = opt.param_groups[0]["lr"] = learning_rate(cfg, (state.round + i / steps) / cfg.num_epochs)
+        lr = learning_rate(cfg, (state.round + i / steps) / cfg.num_epochs)
+        opt.param_groups[0]["lr"] = lr
         loss += sgd_step(run, opt, images, labels) / steps
     refuse_divergence(cfg, {"epoch": float(loss)}, state.round + 1, lr)
     row = dict(round=state.round + 1, lr=lr, train_loss=float(loss))
-    momentum = {n: opt.state[p]["momentum_buffer"] for n, p in run.trained.items()} if cfg.momentum else {}
+    momentum = {n: opt.state[p]["momentum_buffer"] for n, p in run.trained.items() if cfg.momentum}
     return replace(state, params={n: p.detach().clone() for n, p in run.trained.items()},
                    memory={"momentum": momentum}, round=row["round"], history=(*state.history, row))
 
@@ -867,112 +883,97 @@ def centralized_epoch(run: Run, state: State) -> State:
 # ------------------------------------------------------------------ checkpoints and results
 @dataclass
 class Store:
-    """Where runs live: root/<run>.json, root/checkpoints/<run>/ and, for masks and heads, root/cache/.
+    """Where runs live: root/<run>.json, root/checkpoints/<run>/ and root/cache/ (masks, heads).
 
     A file is written beside its place, synced and renamed: a cut leaves the old one or the new one.
-    Every file is then copied to `drive`, where one is given, and looked for there too; what could
-    not be copied is tried again with the next.
+    With a `drive` every file is copied there too, and looked for there; what could not be copied is
+    tried again with the next.
     """
     root: Path = field(default_factory=lambda: Path(os.environ.get("RESULTS_DIR") or "results"))
     drive: Path | None = None
     minutes: float = 1.0  # least time between two checkpoints of a run
-    late: set[str] = field(default_factory=set)
+    late: set[str] = field(default_factory=set)  # not on the drive yet
 
-    def write(self, name: str, content: bytes):
-        _replace(Path(self.root) / name, content)
-        self.late |= {name} if self.drive else set()
-        for waiting in sorted(self.late, key=lambda n: n.endswith(".json")):  # cards and results last
-            try:
-                _replace(Path(self.drive) / waiting, (Path(self.root) / waiting).read_bytes())
-                self.late.discard(waiting)
-            except OSError as error:
-                warnings.warn(f"{waiting} is only in {self.root} until the next try: {error}", stacklevel=2)
-
-    def read(self, name: str) -> bytes:
-        """The file's content, from `drive` where `root` has none; FileNotFoundError without both."""
-        places = [Path(p) / name for p in (self.root, self.drive) if p]
-        return next((p for p in places if p.exists()), places[0]).read_bytes()
+    def places(self, name: str) -> list[Path]:
+        return [Path(folder) / name for folder in (self.root, self.drive) if folder]
 
     def names(self, pattern: str) -> list[str]:
-        return sorted({str(f.relative_to(p)) for p in (self.root, self.drive) if p
-                       for f in Path(p).glob(pattern)})
+        return sorted({str(f.relative_to(p)) for p in self.places("") for f in p.glob(pattern)})
+
+    def read(self, name: str) -> bytes:
+        """The file's content, from the drive where `root` has none; FileNotFoundError without."""
+        return next((p for p in self.places(name) if p.exists()), Path(name)).read_bytes()
+
+    def write(self, name: str, content: bytes):
+        _replace(self.places(name)[0], content)
+        self.late |= {name} if self.drive else set()
+        for waiting in sorted(self.late, key=lambda n: n.endswith(".json")):  # results last
+            try:
+                _replace(self.places(waiting)[1], self.places(waiting)[0].read_bytes())
+                self.late.discard(waiting)
+            except OSError as error:
+                warnings.warn(f"{waiting} is only in {self.root} for now: {error}", stacklevel=2)
 
     def delete(self, name: str):
         self.late.discard(name)
-        for path in (Path(p) / name for p in (self.root, self.drive) if p):
-            if path.exists():
-                os.truncate(path, 0)  # Drive's bin keeps a deleted file's size
-                path.unlink()
+        for path in filter(Path.exists, self.places(name)):
+            os.truncate(path, 0)  # Drive's bin keeps a deleted file's size
+            path.unlink()
 
     def result(self, cfg: Config) -> dict | None:
         """The stored result of this run, if any; ValueError where the name holds another run."""
-        try:
-            result = json.loads(self.read(f"{run_name(cfg)}.json"))
-        except FileNotFoundError:
+        if not self.names(f"{run_name(cfg)}.json"):
             return None
-        return _refuse_other(cfg, result["identity"]) or result
-
-    def results(self) -> list[dict]:
-        return [json.loads(self.read(n)) for n in self.names("*.json")]
+        result = json.loads(self.read(f"{run_name(cfg)}.json"))
+        _refuse_other(cfg, result["identity"])
+        return result
 
     def save(self, cfg: Config, state: State, keep: int = 2):
-        """Checkpoint: weights first, then the card that names their SHA-256; all but `keep` go."""
-        folder = f"checkpoints/{run_name(cfg)}"
+        """One file a checkpoint, its SHA-256 in its name; all but the newest `keep` are deleted."""
         groups = {"params": state.params, **state.memory}
-        if state.best is not None and state.best_round != state.round:
-            groups["best"] = state.best
-        weights = safetensors.torch.save({f"{g}:{n}": w.contiguous() for g, ps in groups.items()
-                                          for n, w in ps.items()})
-        card = dict(round=state.round, history=state.history, best_round=state.best_round,
-                    seconds=state.seconds, identity=identity(cfg),
-                    sha256=hashlib.sha256(weights).hexdigest())
-        self.write(f"{folder}/{state.round:07d}.safetensors", weights)
-        self.write(f"{folder}/{state.round:07d}.json", dump(card | {"card": digest(card)}))
-        for old in self.names(f"{folder}/*.json")[:-keep]:
+        groups |= {"best": state.best} if state.best_round != state.round else {}
+        card = {k: getattr(state, k) for k in ("round", "history", "best_round", "seconds")}
+        content = safetensors.torch.save(
+            {f"{group}:{n}": w.contiguous() for group, params in groups.items()
+             for n, w in (params or {}).items()},
+            {"card": json.dumps(card | {"identity": identity(cfg)})})
+        folder, sha = f"checkpoints/{run_name(cfg)}", hashlib.sha256(content).hexdigest()
+        self.write(f"{folder}/{state.round:07d}_{sha}.safetensors", content)
+        for old in self.names(f"{folder}/*.safetensors")[:-keep]:
             self.delete(old)
-            self.delete(old.replace(".json", ".safetensors"))
-
-    def cards(self, cfg: Config):
-        """The checkpoints' cards that verify, newest first."""
-        for name in reversed(self.names(f"checkpoints/{run_name(cfg)}/*.json")):
-            try:
-                card = json.loads(self.read(name))
-                if card.pop("card") == digest(card):
-                    yield name, _refuse_other(cfg, card["identity"]) or card
-            except (OSError, KeyError, TypeError, AttributeError, UnicodeError, json.JSONDecodeError):
-                warnings.warn(f"{name} is damaged: looking for an older checkpoint", stacklevel=2)
 
     def resume(self, cfg: Config) -> State | None:
         """The newest checkpoint that verifies; ValueError where the name holds another run."""
-        for name, card in self.cards(cfg):
-            try:
-                content = self.read(name.replace(".json", ".safetensors"))
-            except OSError:
-                content = b""
-            if hashlib.sha256(content).hexdigest() != card["sha256"]:
-                warnings.warn(f"the weights of {name} are damaged: trying an older one", stacklevel=2)
+        for name in reversed(self.names(f"checkpoints/{run_name(cfg)}/*.safetensors")):
+            content = self.read(name)
+            if not name.endswith(f"{hashlib.sha256(content).hexdigest()}.safetensors"):
+                warnings.warn(f"{name} is damaged: trying an older checkpoint", stacklevel=2)
                 continue
+            header = json.loads(content[8:8 + int.from_bytes(content[:8], "little")])
+            card = json.loads(header["__metadata__"]["card"])
+            _refuse_other(cfg, card.pop("identity"))
             groups = {}
             for key, w in safetensors.torch.load(content).items():
                 group, _, n = key.partition(":")
                 groups.setdefault(group, {})[n] = w.to(device())
             params, best = groups.pop("params"), groups.pop("best", None)
-            return State(params, card["round"], tuple(card["history"]), groups,
-                         params if card["best_round"] == card["round"] else best,
-                         card["best_round"], card["seconds"])
+            best = params if card["best_round"] == card["round"] else best
+            card["history"] = tuple(card["history"])
+            return State(params, memory=groups, best=best, **card)
         return None
 
     def cached(self, kind: str, key: dict, compute):
-        """`compute()` (weights, or any JSON value), kept under what it depends on."""
-        name = f"cache/{kind}_{digest(key)[:16]}"
+        """`compute()`, weights or a JSON object, kept under all that it depends on."""
+        name = f"cache/{kind}_{digest(key)}"
         if found := self.names(f"{name}.*"):
             content = self.read(found[0])
-            return (json.loads(content) if found[0].endswith(".json") else
-                    {n: w.to(device()) for n, w in safetensors.torch.load(content).items()})
+            if found[0].endswith(".json"):
+                return json.loads(content)
+            return {n: w.to(device()) for n, w in safetensors.torch.load(content).items()}
         value = compute()
-        weights = all(isinstance(v, Tensor) for v in value.values())
-        self.write(name + (".safetensors" if weights else ".json"),
-                   safetensors.torch.save(value) if weights else dump(value))
+        tensors = all(isinstance(v, Tensor) for v in value.values())
+        self.write(f"{name}.{'safetensors' if tensors else 'json'}",
+                   safetensors.torch.save(value) if tensors else dump(value))
         return value
 
 
@@ -987,73 +988,70 @@ def _replace(path: Path, content: bytes):
 
 
 def _refuse_other(cfg: Config, stored: dict):
-    asked = json.loads(dump(identity(cfg)))
-    differ = {k: (asked.get(k), stored.get(k)) for k in asked.keys() | stored.keys()
-              if asked.get(k) != stored.get(k)}
-    if differ:
-        raise ValueError(f"{run_name(cfg)} is stored as another run. They differ in (asked, stored): "
-                         f"{differ}. Choose another name, or leave name='' to have one derived.")
+    asked = identity(cfg)
+    if differ := {k: (asked.get(k), stored.get(k)) for k in asked.keys() | stored.keys()
+                  if asked.get(k) != stored.get(k)}:
+        raise ValueError(
+            f"{run_name(cfg)} is stored as another run. They differ in (asked, stored): {differ}. "
+            "Choose another name, or leave name='' to have one derived.")
 
 
 def dump(value) -> bytes:
-    """JSON, never NaN: what is not a number is a ValueError here rather than a broken file later."""
+    """JSON; a NaN is a ValueError here rather than a broken file later."""
     return json.dumps(value, indent=1, allow_nan=False).encode()
 
 
 # ------------------------------------------------------------------ training
 def head_of(cfg: Config, store: Store, data: Data, model: nn.Module) -> Params:
-    """The head that is frozen: solved on the training part, or the probe's."""
-    if cfg.head == "ridge":  # centralised: the sums over clients are the same sums
-        def solve():
-            x, y = features(model, data.images[data.train]), data.labels[data.train]
-            head = sharpen(ridge_head(x, y, cfg.ridge_l2, model.num_classes), x, y)
-            return {n: w.float() for n, w in head.items()}
-        backbone = {n: p for n, p in model.named_parameters() if n not in HEAD}
-        return store.cached("head", dict(backbone=digest(backbone), dataset=cfg.dataset, seed=cfg.seed,
-                                         val=cfg.val_fraction, l2=cfg.ridge_l2), solve)
-    algorithm = "centralized" if cfg.algorithm == "centralized" else "fedavg"
-    probe = replace(cfg, name="", rule=None, head="probe", algorithm=algorithm, server="average",
-                    num_rounds=cfg.head_rounds, num_epochs=cfg.head_rounds)
+    """The head of a run that freezes it: solved on the training part, or a probe's."""
+    def solve():  # in one place: the sums over the clients' shards are the same sums
+        x, y = features(model, data.images[data.train]), data.labels[data.train]
+        head = sharpen(ridge_head(x, y, cfg.ridge_l2, model.num_classes), x, y)
+        return {n: w.float() for n, w in head.items()}
+    if cfg.head == "ridge":
+        return store.cached("head", dict(backbone=digest(backbone(model)), l2=cfg.ridge_l2,
+                                         dataset=cfg.dataset, train=data.train.tolist()), solve)
+    probe = replace(cfg, name="", rule=None, head="probe", server="average",
+                    num_rounds=cfg.head_rounds, num_epochs=cfg.head_rounds,
+                    algorithm="centralized" if cfg.algorithm == "centralized" else "fedavg")
     if train(probe, store, test=False)["status"] != "finished":
         raise KeyboardInterrupt
     return store.resume(probe).best
 
 
-def mask_of(cfg: Config, store: Store, data: Data, model: nn.Module, shards) -> Params:
-    """The run's mask, calibrated at one place or by the clients, each on its own shard."""
-    groups = [data.train] if cfg.calibration == "central" else shards
-    scorers = max(1, round(cfg.calibration_clients * len(groups)))
-    size, draw = max(1, cfg.calibration_images // scorers), rng("mask", cfg.seed, 1)
-    images = [data.images[draw.permutation(g)[:size]] for g in groups]
-    read = ("rule", "sparsity", "seed", "dataset", "val_fraction", "calibration", "calibration_rounds",
-            "calibration_images", "calibration_clients", "num_clients", "classes_per_client")
-    key = {k: v for k, v in identity(cfg).items() if k in read[:7 if len(groups) == 1 else None] + read[6:8]}
-    return store.cached("mask", key | {"model": digest(dict(model.named_parameters()))}, lambda: (
-        calibrate_mask(model, images, rule=cfg.rule, sparsity=cfg.sparsity, seed=cfg.seed,
-                       rounds=cfg.calibration_rounds, participation=cfg.calibration_clients,
-                       combine="mean" if cfg.calibration == "central" else cfg.calibration)))
+def mask_of(cfg: Config, store: Store, data: Data, model: nn.Module, shards: list) -> Params:
+    """The run's mask, calibrated at one place or by the clients, each on images of its shard."""
+    central = cfg.calibration == "central" or not shards
+    groups, share = ([data.train], 1.0) if central else (shards, cfg.calibration_clients)
+    size = max(1, cfg.calibration_images // max(1, round(share * len(groups))))
+    draw = rng("mask", cfg.seed, 1)
+    index = [draw.permutation(g)[:size].tolist() for g in groups]
+    options = dict(rule=cfg.rule, sparsity=cfg.sparsity, rounds=cfg.calibration_rounds,
+                   seed=cfg.seed, participation=share,
+                   combine="mean" if central else cfg.calibration)
+    key = dict(options, dataset=cfg.dataset, index=index, model=digest(model.state_dict()))
+    return store.cached("mask", key, lambda: calibrate_mask(
+        model, [data.images[i] for i in index], **options))
 
 
 def open_run(cfg: Config, store: Store) -> tuple[Run, State]:
     """Data, model, head, mask and shards of a run, and the state to go on from."""
     data, model = load_data(cfg), build_model(cfg)
-    facts = dict(backbone=digest({n: p for n, p in model.named_parameters() if n not in HEAD}))
-    labels = data.labels.cpu().numpy()[data.train]
+    names, mask = [n for n, _ in model.named_parameters()], None
+    facts, labels = dict(backbone=digest(backbone(model))), data.labels.cpu().numpy()[data.train]
     shards = [] if cfg.algorithm == "centralized" else [
         data.train[s] for s in shard(labels, cfg.num_clients, cfg.classes_per_client, cfg.seed)]
-    names, mask = [n for n, _ in model.named_parameters()], None
     if cfg.head == "probe":
-        names = list(HEAD)
+        names = HEAD
     elif cfg.rule or cfg.head == "ridge":
-        model.load_state_dict(head_of(cfg, store, data, model), strict=False)
-        names = [n for n in names if n not in HEAD]
+        model.load_state_dict(backbone(model) | head_of(cfg, store, data, model))
+        names = backbone(model)
     if cfg.rule:
-        mask = mask_of(cfg, store, data, model, shards)
-        facts["mask"] = dict(sha256=digest(mask), free=sum(int(c.sum()) for c in mask.values()),
-                             of=flat(mask).numel(), composition=composition(mask))
-    trained = {n: p for n, p in model.named_parameters() if n in (mask or names)}
+        names = mask = mask_of(cfg, store, data, model, shards)
+        facts["mask"] = dict(sha256=digest(mask), composition=composition(mask))
     for n, p in model.named_parameters():
-        p.requires_grad_(n in trained)
+        p.requires_grad_(n in names)
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     start = State({n: p.detach().clone() for n, p in trained.items()})
     return Run(cfg, data, model, trained, mask, shards, facts), store.resume(cfg) or start
 
@@ -1063,34 +1061,36 @@ def assess(run: Run, state: State) -> State:
     index = run.data.val[:run.cfg.eval_images]
     run.load(state.params)
     found = evaluate(run.model, run.data.images[index], run.data.labels[index])
-    row = state.history[-1] | {f"val_{k}": found[k] for k in ("loss", "top1", "top5")}
-    better = row["val_top1"] > max((r.get("val_top1", -1) for r in state.history[:-1]), default=-1)
-    state = replace(state, history=(*state.history[:-1], row))
-    return replace(state, best=state.params, best_round=state.round) if better else state
+    *rows, row = state.history
+    row |= {f"val_{k}": found[k] for k in ("loss", "top1", "top5")}
+    state = replace(state, history=(*rows, row))
+    if row["val_top1"] > max((r.get("val_top1", -1) for r in rows), default=-1):
+        state = replace(state, best=state.params, best_round=state.round)
+    return state
 
 
 def fold(run: Run, store: Store, state: State) -> State:
-    """Rounds (or epochs) until the run's length; the state is stored on the way and at a stop."""
+    """Rounds (or epochs) until the run's length, stored on the way, at a stop and at the end."""
     cfg, saved = run.cfg, (state.round, time.monotonic())
     step = centralized_epoch if cfg.algorithm == "centralized" else federated_round
-    bar = tqdm(total=cfg.length, initial=state.round, desc=run_name(cfg), leave=False)
-    try:
-        while state.round < cfg.length:
-            began, state = time.monotonic(), step(run, state)
-            if state.round % cfg.eval_every == 0 or state.round == cfg.length:
-                state = assess(run, state)
-            state = replace(state, seconds=state.seconds + time.monotonic() - began)
-            bar.update()
-            bar.set_postfix({k: f"{v:.3f}" for k, v in state.history[-1].items() if "_" in k and "loss" in k})
-            if state.round == cfg.length or (state.round - saved[0] >= cfg.eval_every
-                                             and time.monotonic() - saved[1] >= 60 * store.minutes):
-                store.save(cfg, state)
-                saved = (state.round, time.monotonic())
-    except KeyboardInterrupt:
-        if state.round > saved[0]:
-            store.save(cfg, state)
-    finally:
-        bar.close()
+    with tqdm(total=cfg.length, initial=state.round, desc=run_name(cfg), leave=False) as bar:
+        try:
+            while state.round < cfg.length:
+                began, after = time.monotonic(), step(run, state)
+                if after.round % cfg.eval_every == 0 or after.round == cfg.length:
+                    after = assess(run, after)
+                    bar.set_postfix(val=f"{after.history[-1]['val_top1']:.1%}")
+                state = replace(after, seconds=after.seconds + time.monotonic() - began)
+                bar.update()
+                if (state.round - saved[0] >= cfg.eval_every and state.round < cfg.length
+                        and time.monotonic() - saved[1] >= 60 * store.minutes):
+                    store.save(cfg, state)
+                    saved = (state.round, time.monotonic())
+        except KeyboardInterrupt:
+            pass
+        except FloatingPointError as error:
+            state = replace(state, error=str(error))
+    store.save(cfg, state, keep=1 if state.round == cfg.length else 2)
     return state
 
 
@@ -1107,27 +1107,23 @@ def train(cfg: Config, store: Store | None = None, test: bool = True) -> dict:
         return result
     try:
         run, state = open_run(cfg, store)
-        state = fold(run, store, state)
     except KeyboardInterrupt:
         return dict(run=run_name(cfg), status="interrupted", round=0)
-    except FloatingPointError as error:
-        run, state, result = run, store.resume(cfg) or state, dict(status="diverged", error=str(error))
-    else:
-        if state.round < cfg.length:
-            return dict(run=run_name(cfg), status="interrupted", round=state.round)
-        result = dict(status="finished", best_round=state.best_round)
-    if test and result["status"] == "finished":
+    state = fold(run, store, state)
+    if state.round < cfg.length and not state.error:
+        return dict(run=run_name(cfg), status="interrupted", round=state.round)
+    result = dict(run=run_name(cfg), status="diverged" if state.error else "finished",
+                  error=state.error, config=asdict(cfg), identity=identity(cfg), **run.facts,
+                  history=state.history, best_round=state.best_round, seconds=state.seconds,
+                  device=str(device()), hardware=hardware(),
+                  versions={p: version(p) for p in ("torch", "torchvision", "timm", "numpy")},
+                  code=hashlib.sha256(Path(__file__).read_bytes()).hexdigest())
+    if test and not state.error:
         run.load(state.best)
         result["test"] = evaluate(run.model, run.data.test_images[:cfg.eval_images],
                                   run.data.test_labels[:cfg.eval_images])
-    store.save(cfg, replace(state, memory={}), keep=1)
-    where = torch.cuda.get_device_name() if device().type == "cuda" else platform.processor() or "cpu"
-    result = dict(run=run_name(cfg), **result, config=asdict(cfg), identity=identity(cfg),
-                  history=state.history, seconds=round(state.seconds, 1), device=where, **run.facts,
-                  versions={p: version(p) for p in ("torch", "torchvision", "timm", "numpy")},
-                  code=hashlib.sha256(Path(__file__).read_bytes()).hexdigest())
     store.write(f"{run_name(cfg)}.json", dump(result))
-    return json.loads(dump(result))
+    return store.result(cfg)
 
 
 def train_centralized(cfg: Config, store: Store | None = None, test: bool = True) -> dict:
@@ -1141,3 +1137,91 @@ def train_federated(cfg: Config, store: Store | None = None, test: bool = True) 
         raise ValueError("algorithm='centralized' is for train_centralized: choose 'fedavg', "
                          "'fedprox' or 'scaffold'")
     return train(cfg, store, test)
+
+
+# ------------------------------------------------------------------ notebook helpers
+COLUMN, PAGE = 3.28, 6.88  # widths in inches of a two-column report
+STYLE = {"font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "legend.fontsize": 7,
+         "xtick.labelsize": 7, "ytick.labelsize": 7, "lines.linewidth": 1.4, "pdf.fonttype": 42,
+         "figure.constrained_layout.use": True, "savefig.dpi": 200, "figure.dpi": 120}
+
+
+def figure(width: float = COLUMN, height: float = 2.3, **grid):
+    """plt.subplots of `width` x `height` inches in the one style of all figures."""
+    sns.set_theme("paper", "whitegrid", "colorblind", rc=STYLE)
+    return plt.subplots(figsize=(width, height), **grid)
+
+
+def save_figure(fig, path: Path):
+    """<path>.png and <path>.pdf, the same bytes for the same data: no dates inside."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fig.savefig(f"{path}.png")
+    fig.savefig(f"{path}.pdf", metadata={"CreationDate": None, "Creator": None, "Producer": None})
+
+
+def save_table(frame: pd.DataFrame, path: Path):
+    """<path>.tex with booktabs rules, index included; cells that are not strings get two digits."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    columns = "l" * frame.index.nlevels + "r" * frame.shape[1]
+    Path(f"{path}.tex").write_text(frame.to_latex(column_format=columns, float_format="%.2f",
+                                                  escape=True, na_rep="--"))
+
+
+def gather(cfgs: list[Config], store: Store) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """(runs, history) of the stored results among `cfgs`: a row a run, a row a round of a run.
+
+    Accuracies in %. Says how many runs are missing or diverged: figures show them as gaps.
+    """
+    results = [r for r in map(store.result, cfgs) if r]
+    missing, bad = len(cfgs) - len(results), [r["run"] for r in results if r["error"]]
+    if missing or bad:
+        print(f"{missing} of {len(cfgs)} runs are missing, {len(bad)} diverged {bad or ''}")
+    runs = pd.DataFrame([r["config"] | {
+        "run": r["run"], "seconds": r["seconds"], "best_round": r["best_round"],
+        "val": max((100 * row.get("val_top1", 0) for row in r["history"]), default=None),
+        "test": 100 * r["test"]["top1"] if "test" in r else None} for r in results])
+    history = pd.DataFrame([r["config"] | {"run": r["run"]} | row for r in results
+                            for row in r["history"]])
+    for frame in (runs, history):  # how the data were shared out, as the assignment calls it
+        if len(frame):
+            nc = frame.classes_per_client.map(lambda n: "IID" if pd.isna(n) else f"Nc={int(n)}")
+            frame["sharding"] = nc.where(frame.algorithm != "centralized", "centralised")
+            frame["val_top1" if frame is history else "test"] *= 100 if frame is history else 1
+    return runs, history
+
+
+def mean_sd(values: pd.Series) -> str:
+    """"mean ± sd (n)" over seeds; one run has no sd, none is a dash."""
+    values = values.dropna()
+    sd = f" ± {values.std():.2f}" if len(values) > 1 else ""
+    return f"{values.mean():.2f}{sd} ({len(values)})" if len(values) else "–"
+
+
+@lru_cache
+def _seconds_per_step(cfg: Config) -> float:
+    """Measured on three local steps of a fresh model."""
+    run, state = open_run(replace(cfg, local_steps=3), Store(Path(os.devnull)))
+    client_update(run, state, 0, cfg.lr)
+    began = time.monotonic()
+    client_update(run, state, 0, cfg.lr)[1].item()
+    return (time.monotonic() - began) / 3
+
+
+def plan(cfgs: list[Config], store: Store) -> pd.DataFrame:
+    """What of these runs is stored and what is left, with an estimate of the time it takes."""
+    rows = []
+    for cfg in cfgs:
+        names = store.names(f"checkpoints/{run_name(cfg)}/*.safetensors")
+        done = cfg.length if store.result(cfg) else int(Path(names[-1]).name[:7]) if names else 0
+        cohort_size = max(1, round(cfg.participation * cfg.num_clients))
+        steps = (cfg.local_steps * cohort_size if cfg.algorithm != "centralized" else
+                 50_000 * (1 - cfg.val_fraction) / cfg.batch_size)
+        plain = Config(weights="none", arch=cfg.arch or "vits16", dataset=cfg.dataset,
+                       image_size=cfg.image_size, batch_size=cfg.batch_size)
+        left = cfg.length - done
+        seconds = left and left * steps * _seconds_per_step(plain)
+        rows.append(dict(run=run_name(cfg), stored=done, of=cfg.length, minutes_left=seconds / 60))
+    frame = pd.DataFrame(rows)
+    print(f"{(frame.stored == frame.of).sum()} of {len(frame)} runs are stored; training the rest "
+          f"takes about {frame.minutes_left.sum():.0f} min on {hardware()}")
+    return frame
