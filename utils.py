@@ -895,6 +895,7 @@ class Store:
     root: Path = field(default_factory=lambda: Path(os.environ.get("RESULTS_DIR") or "results"))
     drive: Path | None = None
     minutes: float = 1.0  # least time between two checkpoints of a run
+    frozen: bool = False  # only what is stored: nothing is trained or computed
     late: set[str] = field(default_factory=set)  # not on the drive yet
 
     def places(self, name: str) -> list[Path]:
@@ -966,17 +967,19 @@ class Store:
         return None
 
     def cached(self, kind: str, key: dict, compute):
-        """`compute()`, weights or a JSON object, kept under all that it depends on."""
-        name = f"cache/{kind}_{digest(key)}"
-        if found := self.names(f"{name}.*"):
-            content = self.read(found[0])
-            if found[0].endswith(".json"):
-                return json.loads(content)
-            return {n: w.to(device()) for n, w in safetensors.torch.load(content).items()}
+        """`compute()` kept under all that it depends on: weights in cache/, JSON in notes/."""
+        name = f"{kind}_{digest(key)}"
+        weights, note = f"cache/{name}.safetensors", f"notes/{name}.json"
+        if self.names(weights):
+            found = safetensors.torch.load(self.read(weights))
+            return {n: w.to(device()) for n, w in found.items()}
+        if self.names(note) or self.frozen:
+            return json.loads(self.read(note)) if self.names(note) else {}
         value = compute()
-        tensors = all(isinstance(v, Tensor) for v in value.values())
-        self.write(f"{name}.{'safetensors' if tensors else 'json'}",
-                   safetensors.torch.save(value) if tensors else dump(value))
+        if all(isinstance(v, Tensor) for v in value.values()):
+            self.write(weights, safetensors.torch.save(value))
+        else:
+            self.write(note, dump(value))
         return value
 
 
@@ -1100,14 +1103,14 @@ def fold(run: Run, store: Store, state: State) -> State:
 def train(cfg: Config, store: Store | None = None, test: bool = True) -> dict:
     """The run's result: found in the store, or trained from where it stopped, then stored.
 
-    `status` is "finished", "diverged" (the loss was not finite; `error` says where) or
-    "interrupted" (stopped by hand; call again to go on). The test set is read once, by the weights
-    that were best on validation, and not at all with `test=False`, as in a search.
+    `status` is "finished", "diverged" (the loss was not finite; `error` says where), "interrupted"
+    (stopped by hand; call again to go on) or "missing" (in a frozen store). The test set is read
+    once, by the weights that were best on validation, and not at all with `test=False`.
     """
     store = store or Store()
     result = store.result(cfg)
-    if result and (result["status"] == "diverged" or "test" in result or not test):
-        return result
+    if store.frozen or result and (result["status"] == "diverged" or "test" in result or not test):
+        return result or dict(run=run_name(cfg), status="missing", round=0)
     try:
         run, state = open_run(cfg, store)
     except KeyboardInterrupt:
@@ -1142,6 +1145,33 @@ def train_federated(cfg: Config, store: Store | None = None, test: bool = True) 
     return train(cfg, store, test)
 
 
+def train_all(cfgs: list[Config], store: Store, test: bool = True):
+    """`train` one after the other what is not stored; stopping by hand stops them all."""
+    for cfg in tqdm([c for c in cfgs if not store.frozen], desc="runs"):
+        if train(cfg, store, test)["status"] == "interrupted":
+            print(f"Stopped within {run_name(cfg)}: run this cell again to go on from there.")
+            break
+
+
+def diagnose(cfg: Config, store: Store, alphas=(0.0, 0.5, 1.0, 1.5, 2.0, 3.0)) -> dict:
+    """`drift` of one cohort at a finished run's best weights, and the validation loss along the
+    mean task vector; kept in the store. Holds the whole cohort's vectors at once."""
+    def compute():
+        run, state = open_run(cfg, store)
+        state = replace(state, params=state.best, memory={}, round=cfg.num_rounds)
+        clients = cohort(cfg.num_clients, cfg.participation, "cohort", cfg.seed, state.round)
+        vectors = [{n: v.clone() for n, v in client_update(run, state, k, cfg.lr)[0].items()}
+                   for k in clients.tolist()]
+        mean = {n: torch.stack([v[n] for v in vectors]).mean(0) for n in vectors[0]}
+        index, losses = run.data.val[:run.cfg.eval_images], []
+        for alpha in alphas:
+            run.load(apply_vector(state.params, mean, alpha))
+            found = evaluate(run.model, run.data.images[index], run.data.labels[index])
+            losses.append(found["loss"])
+        return drift(vectors) | dict(clients=clients.tolist(), alphas=alphas, losses=losses)
+    return store.cached("drift", dict(identity(cfg), alphas=alphas), compute)
+
+
 # ------------------------------------------------------------------ notebook helpers
 COLUMN, PAGE = 3.28, 6.88  # widths in inches of a two-column report
 STYLE = {"font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "legend.fontsize": 7,
@@ -1168,6 +1198,30 @@ def save_table(frame: pd.DataFrame, path: Path):
     columns = "l" * frame.index.nlevels + "r" * frame.shape[1]
     Path(f"{path}.tex").write_text(frame.to_latex(column_format=columns, float_format="%.2f",
                                                   escape=True, na_rep="--"))
+
+
+def open_store(preset_name: str, drive: Path | None = None) -> Store:
+    """results/ (for "demo" results/demo/) of $RESULTS_DIR or the project, mirrored on the drive.
+
+    TRAIN=no in the environment freezes it: figures are drawn from what is stored.
+    """
+    part = "demo" if preset_name == "demo" else ""
+    root = Path(os.environ.get("RESULTS_DIR") or ROOT / "results") / part
+    return Store(root, drive and drive / "results" / part, frozen=os.environ.get("TRAIN") == "no")
+
+
+def stored(store: Store, **wanted) -> list[Config]:
+    """Configurations of the stored results whose fields have the `wanted` values."""
+    configs = [json.loads(store.read(n))["config"] for n in store.names("*.json")]
+    return [Config(**c) for c in configs if all(c[k] == v for k, v in wanted.items())]
+
+
+def best(cfgs: list[Config], store: Store) -> Config:
+    """The configuration with the highest validation accuracy; the first, where none is stored."""
+    def score(cfg):
+        history = (store.result(cfg) or {"history": []})["history"]
+        return max((row.get("val_top1", 0) for row in history), default=0)
+    return max(cfgs, key=score)
 
 
 def gather(cfgs: list[Config], store: Store) -> tuple[pd.DataFrame, pd.DataFrame]:
