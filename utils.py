@@ -83,8 +83,8 @@ class Config:
     weight_decay: NotNegative = 5e-4
     schedule: Literal["constant", "cosine", "step", "warmup_cosine"] = "cosine"
     precision: Literal["auto", "float32", "bf16", "fp16"] = "auto"
-    # head: "train" with the backbone (sparse runs: alone at first, for head_rounds, then frozen);
-    # "ridge" solved in closed form, then frozen; "probe" trained alone
+    # head: "train" starts at random (sparse runs first train it alone, for head_rounds), "ridge" in
+    # closed form, "probe" trains nothing else. Sparse runs freeze it, dense runs train it along.
     head: Literal["train", "ridge", "probe"] = "train"
     head_rounds: Count = 30
     ridge_l2: Positive = 1.0
@@ -1009,7 +1009,7 @@ def dump(value) -> bytes:
 
 # ------------------------------------------------------------------ training
 def head_of(cfg: Config, store: Store, data: Data, model: nn.Module) -> Params:
-    """The head of a run that freezes it: solved on the training part, or a probe's."""
+    """The head that a run starts from: solved on the training part, or a probe's."""
     def solve():  # in one place: the sums over the clients' shards are the same sums
         x, y = features(model, data.images[data.train]), data.labels[data.train]
         head = sharpen(ridge_head(x, y, cfg.ridge_l2, model.num_classes), x, y)
@@ -1051,7 +1051,7 @@ def open_run(cfg: Config, store: Store) -> tuple[Run, State]:
         names = HEAD
     elif cfg.rule or cfg.head == "ridge":
         model.load_state_dict(backbone(model) | head_of(cfg, store, data, model))
-        names = backbone(model)
+        names = backbone(model) if cfg.rule else names
     if cfg.rule:
         names = mask = mask_of(cfg, store, data, model, shards)
         facts["mask"] = dict(sha256=digest(mask), composition=composition(mask))
@@ -1222,6 +1222,13 @@ def best(cfgs: list[Config], store: Store) -> Config:
         history = (store.result(cfg) or {"history": []})["history"]
         return max((row.get("val_top1", 0) for row in history), default=0)
     return max(cfgs, key=score)
+
+
+def converged(history: pd.DataFrame, points: float = 0.5) -> pd.Series:
+    """For every run the first round (or epoch) within `points` of its best validation accuracy."""
+    seen = history.dropna(subset="val_top1")
+    near = seen[seen.val_top1 >= seen.groupby("run").val_top1.transform("max") - points]
+    return near.groupby("run")["round"].min()
 
 
 def gather(cfgs: list[Config], store: Store) -> tuple[pd.DataFrame, pd.DataFrame]:
