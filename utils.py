@@ -114,12 +114,12 @@ def preset(name: str, **changes) -> Config:
     px, for a CPU. demo: the same on a tenth of the images for minutes; it warns and takes synthetic
     images where CIFAR-100 cannot be had.
     """
-    small = dict(weights="mini", arch="mini", image_size=32, batch_size=32, lr=0.05, num_rounds=40,
-                 num_epochs=4, eval_every=4, head_rounds=20)
+    small = dict(weights="mini", arch="mini", image_size=32, batch_size=32, lr=0.1, num_rounds=32,
+                 num_epochs=4, eval_every=4, head_rounds=16)
     presets = {"full": {}, "lite": {"image_size": 96}, "small": small,
                "demo": small | dict(val_fraction=0.9, eval_images=500, participation=0.04,
-                                    batch_size=16, num_rounds=8, eval_every=2, head_rounds=4,
-                                    calibration_images=128)}
+                                    batch_size=16, num_rounds=8, num_epochs=2, eval_every=2,
+                                    head_rounds=4, calibration_images=128)}
     if name not in presets:
         raise ValueError(f"preset {name!r} must be one of {tuple(presets)}")
     cfg = replace(Config(), **presets[name] | changes)
@@ -736,8 +736,10 @@ def cohort(num_clients: int, share: float, *key) -> np.ndarray:
 
 def batches(run: Run, order: np.ndarray, draw: np.random.Generator):
     """The images of `order` (indices) in augmented batches of B, with their labels."""
-    for index in torch.from_numpy(order).to(run.data.images.device).split(run.cfg.batch_size):
-        yield augment(run.data.images[index], draw), run.data.labels[index]
+    index = torch.from_numpy(order).to(run.data.images.device)
+    for i in range(0, len(order), run.cfg.batch_size):
+        batch = index[i:i + run.cfg.batch_size]
+        yield augment(run.data.images[batch], draw), run.data.labels[batch]
 
 
 def sgd_step(run: Run, opt: SparseSGDM, images: Tensor, labels: Tensor, adjust=None) -> Tensor:
