@@ -16,7 +16,7 @@ import time
 import warnings
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Literal
@@ -37,6 +37,7 @@ from tqdm.auto import tqdm
 
 Params = dict[str, Tensor]  # keyed by parameter name: weights, scores, masks, task vectors
 ROOT = Path(__file__).resolve().parent
+NOTES: set[str] = set()  # what every figure and summary must say of its data
 
 # ------------------------------------------------------------------ configuration
 RULES = ("least_sensitive", "most_sensitive", "lowest_magnitude", "highest_magnitude", "random",
@@ -128,6 +129,7 @@ def preset(name: str, **changes) -> Config:
             load_data(cfg)
     except FileNotFoundError as error:
         warnings.warn(f"SYNTHETIC DATA, its accuracies mean nothing: {error}", stacklevel=2)
+        NOTES.add("SYNTHETIC DATA")
         cfg = replace(cfg, dataset="synthetic")
     return cfg
 
@@ -724,6 +726,12 @@ class Run:
     shards: list[np.ndarray]     # indices of data.images
     facts: dict                  # provenance, for the stored result
 
+    @cached_property
+    def free(self) -> int:
+        """Entries that are trained, and so travel."""
+        return sum(int(c.sum()) for c in self.mask.values()) if self.mask else sum(
+            p.numel() for p in self.trained.values())
+
     def load(self, params: Params):
         torch._foreach_copy_([p.data for p in self.trained.values()],
                              [params[n] for n in self.trained])
@@ -810,12 +818,12 @@ def federated_round(run: Run, state: State) -> State:
     params, memory = server_step(cfg, state.params, mean, fedexp.clamp(min=1), memory)
     norms = torch.stack([squares.mean().sqrt(), squared_norm(mean).sqrt(), fedexp])
     losses, norms = losses.tolist(), norms.tolist()  # the round's only wait for the device
-    refuse_divergence(cfg, dict(zip(clients, losses, strict=True)), state.round + 1, lr)
-    free = sum(int(c.sum()) for c in run.mask.values()) if run.mask else flat(params).numel()
+    watched = dict(zip(clients, losses, strict=True)) | {"norm of the task vectors": norms[0]}
+    refuse_divergence(cfg, watched, state.round + 1, lr)
     sent = 4 * len(clients) * (1 + (cfg.algorithm == "scaffold"))  # bytes of an entry, in float32
     row = dict(round=state.round + 1, lr=lr, train_loss=sum(losses) / len(losses),
                client_norm=norms[0], mean_norm=norms[1], fedexp_step=norms[2],
-               bytes_up=sent * free, bytes_down=sent * free,
+               bytes_up=sent * run.free, bytes_down=sent * run.free,
                bytes_dense=sent * sum(p.numel() for p in run.model.parameters()))
     return replace(state, params=params, memory=memory, round=row["round"],
                    history=(*state.history, row))
@@ -825,10 +833,10 @@ def squared_norm(params: Params) -> Tensor:
     return torch.stack(torch._foreach_norm(list(params.values()))).square().sum()
 
 
-def refuse_divergence(cfg: Config, losses: dict, unit: int, lr: float):
-    if bad := {k: loss for k, loss in losses.items() if not math.isfinite(loss)}:
-        raise FloatingPointError(f"the loss is not finite in round or epoch {unit} at {lr=:g} "
-                                 f"(where: loss): {bad}. Try a lower lr than {cfg.lr:g}.")
+def refuse_divergence(cfg: Config, watched: dict, unit: int, lr: float):
+    if bad := {k: v for k, v in watched.items() if not math.isfinite(v)}:
+        raise FloatingPointError(f"not finite in round or epoch {unit} at {lr=:g} (client: loss): "
+                                 f"{bad}. Try a lower lr than {cfg.lr:g}.")
 
 
 def new_control(cfg: Config, state: State, memory: dict, k: int, vector: Params, lr: float) -> dict:
@@ -878,11 +886,13 @@ def centralized_epoch(run: Run, state: State) -> State:
         lr = learning_rate(cfg, (state.round + i / steps) / cfg.num_epochs)
         opt.param_groups[0]["lr"] = lr
         loss += sgd_step(run, opt, images, labels) / steps
-    refuse_divergence(cfg, {"epoch": float(loss)}, state.round + 1, lr)
+    params = {n: p.detach().clone() for n, p in run.trained.items()}
+    watched = {"training": float(loss), "squared norm of the weights": squared_norm(params).item()}
+    refuse_divergence(cfg, watched, state.round + 1, lr)
     row = dict(round=state.round + 1, lr=lr, train_loss=float(loss))
     momentum = {n: opt.state[p]["momentum_buffer"] for n, p in run.trained.items() if cfg.momentum}
-    return replace(state, params={n: p.detach().clone() for n, p in run.trained.items()},
-                   memory={"momentum": momentum}, round=row["round"], history=(*state.history, row))
+    return replace(state, params=params, memory={"momentum": momentum}, round=row["round"],
+                   history=(*state.history, row))
 
 
 # ------------------------------------------------------------------ checkpoints and results
@@ -1190,6 +1200,7 @@ def figure(width: float = COLUMN, height: float = 2.3, **grid):
 def save_figure(fig, path: Path):
     """<path>.png and <path>.pdf, the same bytes for the same data: no dates inside."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    fig.text(0.5, 0.5, "\n".join(NOTES), c="red", alpha=0.4, size=14, ha="center")
     fig.savefig(f"{path}.png")
     fig.savefig(f"{path}.pdf", metadata={"CreationDate": None, "Creator": None, "Producer": None})
 
@@ -1208,7 +1219,8 @@ def open_store(preset_name: str, drive: Path | None = None) -> Store:
     TRAIN=no in the environment freezes it: figures are drawn from what is stored.
     """
     part = "demo" if preset_name == "demo" else ""
-    root = Path(os.environ.get("RESULTS_DIR") or ROOT / "results") / part
+    home = Path("results").absolute() if drive else ROOT / "results"  # the drive is slow: copied to
+    root = Path(os.environ.get("RESULTS_DIR") or home) / part
     return Store(root, drive and drive / "results" / part, frozen=os.environ.get("TRAIN") == "no")
 
 
@@ -1241,7 +1253,7 @@ def gather(cfgs: list[Config], store: Store) -> tuple[pd.DataFrame, pd.DataFrame
     results = [r for r in map(store.result, cfgs) if r]
     missing, bad = len(cfgs) - len(results), [r["run"] for r in results if r["error"]]
     if missing or bad:
-        print(f"{missing} of {len(cfgs)} runs are missing, {len(bad)} diverged {bad or ''}")
+        print(f"{missing} of {len(cfgs)} runs are missing, {len(bad)} diverged {bad or ''}", *NOTES)
     runs = pd.DataFrame([r["config"] | {
         "run": r["run"], "seconds": r["seconds"], "best_round": r["best_round"],
         "val": max((100 * row.get("val_top1", 0) for row in r["history"]), default=None),
@@ -1289,5 +1301,5 @@ def plan(cfgs: list[Config], store: Store) -> pd.DataFrame:
         rows.append(dict(run=run_name(cfg), stored=done, of=cfg.length, minutes_left=seconds / 60))
     frame = pd.DataFrame(rows)
     print(f"{(frame.stored == frame.of).sum()} of {len(frame)} runs are stored; training the rest "
-          f"takes about {frame.minutes_left.sum():.0f} min on {hardware()}")
+          f"takes about {frame.minutes_left.sum():.0f} min on {hardware()}", *NOTES)
     return frame
