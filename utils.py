@@ -265,17 +265,18 @@ def shard(labels: np.ndarray, num_clients: int, classes_per_client: int | None =
     owned = np.zeros((num_clients, n), bool)
     for k in range(num_clients):  # each takes the classes with the fewest owners, ties drawn
         owned[k, np.lexsort((draw.random(n), owned.sum(0)))[:per_client]] = True
-    shards, sizes = [[] for _ in range(num_clients)], np.zeros(num_clients, int)
+    shards, owed = [[] for _ in range(num_clients)], np.zeros(num_clients)
     for c, count, held in zip(classes, counts, owned.T, strict=True):
         owners = draw.permutation(np.flatnonzero(held))
         if len(owners) > count:
             raise ValueError(f"{num_clients=} with {classes_per_client=} makes {len(owners)} "
                              f"clients share the {count} images of class {c}: lower one of them")
-        owners = owners[np.argsort(sizes[owners], kind="stable")]  # array_split's first are longer
+        owed[owners] += count / len(owners)
+        owners = owners[np.argsort(-owed[owners], kind="stable")]  # array_split's first are longer
         members = draw.permutation(np.flatnonzero(labels == c))
         for k, part in zip(owners, np.array_split(members, len(owners)), strict=True):
             shards[k].append(part)
-            sizes[k] += len(part)
+            owed[k] -= len(part)
     return [np.concatenate(s) for s in shards]
 
 

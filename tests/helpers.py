@@ -1,0 +1,59 @@
+"""Runs small enough for hand-computed cases, shared by the tests of training."""
+import numpy as np
+import torch
+from torch import nn
+
+import utils
+from utils import Config, Data, Run, State
+
+TINY = dict(model_name="vit_tiny_patch16_224", patch_size=8, embed_dim=16, depth=2, num_heads=2)
+CFG = Config(weights="none", arch="mini", dataset="synthetic", image_size=32, batch_size=4,
+             num_clients=10, participation=0.3, local_steps=2, num_rounds=4, num_epochs=4,
+             eval_every=2, lr=0.05, val_fraction=0.25, head_rounds=2, calibration_images=20,
+             calibration_rounds=2)
+
+
+def same(a, b) -> bool:
+    """Two dicts of tensors hold the same names and the same bits."""
+    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+
+
+def small_data(cfg: Config) -> Data:
+    """20 classes of 12 images to train on and 4 to test on, learnable."""
+    draw, parts = torch.Generator().manual_seed(0), []
+    patterns = torch.randint(0, 200, (20, 1, 3, 32, 32), generator=draw)
+    for n in (12, 4):
+        noise = torch.randint(0, 56, (20, n, 3, 32, 32), generator=draw)
+        labels = torch.arange(20).repeat_interleave(n)
+        parts += [(patterns + noise).flatten(0, 1).to(torch.uint8), labels]
+    return Data(*parts, *utils.split(parts[1].numpy(), cfg.val_fraction, cfg.seed))
+
+
+def make_small(patch):
+    """A tiny ViT on `small_data`: a run takes a fraction of a second."""
+    patch.setitem(utils.ARCHS, "mini", TINY)
+    patch.setattr(utils, "load_data", small_data)
+
+
+def small_run(cfg: Config, shards=None, mask=None, model=None) -> tuple[Run, State]:
+    """A run of a two-layer net on 40 float images of 5 classes, without augmentation's help."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        x, y = torch.randn(60, 3, 2, 2), torch.arange(60) % 5
+        model = model or nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 5))
+    data = Data(x[:40], y[:40], x[40:], y[40:], np.arange(30), np.arange(30, 40))
+    shards = np.array_split(np.arange(30), cfg.num_clients) if shards is None else shards
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    start = State({n: p.detach().clone() for n, p in trained.items()})
+    return Run(cfg, data, model, trained, mask, [np.asarray(s) for s in shards], {}), start
+
+
+def half_mask(run: Run) -> dict:
+    """Every other entry of each weight is frozen."""
+    return {n: (torch.arange(p.numel()) % 2 == 0).view_as(p) for n, p in run.trained.items()}
+
+
+def rounds(run: Run, state: State, n: int) -> State:
+    for _ in range(n):
+        state = utils.federated_round(run, state)
+    return state
