@@ -137,10 +137,12 @@ def preset(name: str, **changes) -> Config:
 def identity(cfg: Config) -> dict:
     """What tells runs apart: the fields that are not at their default, the name aside.
 
-    A field that a later version adds therefore leaves the identity of stored runs as it is.
+    A field that a later version adds so leaves the identity of stored runs as it is. Dense runs
+    read nothing of the mask: those that differ in `sparsity` alone are one.
     """
+    unread = ("name", "sparsity", "calibration") if cfg.rule is None else "name"
     return {f.name: getattr(cfg, f.name) for f in fields(cfg)
-            if f.name != "name" and getattr(cfg, f.name) != f.default}
+            if not f.name.startswith(unread) and getattr(cfg, f.name) != f.default}
 
 
 def digest(value) -> str:
@@ -254,9 +256,9 @@ def shard(labels: np.ndarray, num_clients: int, classes_per_client: int | None =
     """
     draw, labels = rng("shards", seed), np.asarray(labels)
     classes, counts = np.unique(labels, return_counts=True)
-    per_client, n = classes_per_client or 1, len(classes)
+    per_client, n = 1 if classes_per_client is None else classes_per_client, len(classes)
     if not 1 <= num_clients <= len(labels) or not 1 <= per_client <= n or (
-            classes_per_client and num_clients * per_client < n):
+            classes_per_client is not None and num_clients * per_client < n):
         raise ValueError(
             f"{num_clients=} with {classes_per_client=} cannot hold {len(labels)} images of {n} "
             f"classes: K must be 1 to {len(labels)}, Nc 1 to {n}, and K*Nc at least {n}")
@@ -515,8 +517,11 @@ def sensitivity(model: nn.Module, images: Tensor, labels: Tensor | np.random.Gen
     Iurada et al. 2025, eq. 7. Samples are squared one by one, for a batch's gradient would mix
     them; `chunk` of them at a time bounds the memory and changes nothing. A generator as `labels`
     draws them from the model's own distribution. `weights` stand in for the stored ones, which
-    never change. KeyError for `names` that are not of a Linear, Conv2d or LayerNorm.
+    never change. KeyError for `names` that are not of a Linear, Conv2d or LayerNorm, ValueError
+    where images and labels differ in number.
     """
+    if isinstance(labels, Tensor) and len(labels) != len(images):
+        raise ValueError(f"{len(images)} images have {len(labels)} labels: they must be as many")
     weights = {n: p.detach() for n, p in model.named_parameters()} | (weights or {})
     total = {n: torch.zeros_like(weights[n], dtype=torch.float64)
              for n in (maskable(model) if names is None else names)}
@@ -598,9 +603,10 @@ def calibrate_mask(model: nn.Module, images: Tensor | list[Tensor], *, rule: str
     a share `participation` of the clients scores, and the server combines by "mean", "max" (of the
     scores per image) or "vote" (each client's own cut as a bitmap). `names` defaults to `maskable`.
     """
-    if rule not in RULES or not 0 <= sparsity <= 1 or combine not in ("mean", "max", "vote"):
-        raise ValueError(f"{rule=} must be one of {RULES}, {sparsity=} from 0 to 1, and {combine=} "
-                         "'mean', 'max' or 'vote'")
+    if rule not in RULES or not 0 <= sparsity <= 1 or rounds < 1 or (
+            combine not in ("mean", "max", "vote")):
+        raise ValueError(f"{rule=} must be one of {RULES}, {sparsity=} from 0 to 1, {rounds=} at "
+                         f"least 1, and {combine=} 'mean', 'max' or 'vote'")
     weights = {n: model.get_parameter(n).detach()
                for n in (maskable(model) if names is None else names)}
     m, draw = sum(w.numel() for w in weights.values()), rng("mask", seed)
@@ -934,8 +940,11 @@ class Store:
     def delete(self, name: str):
         self.late.discard(name)
         for path in filter(Path.exists, self.places(name)):
-            os.truncate(path, 0)  # Drive's bin keeps a deleted file's size
-            path.unlink()
+            try:
+                os.truncate(path, 0)  # Drive's bin keeps a deleted file's size
+                path.unlink()
+            except OSError as error:  # no reason to stop a run
+                warnings.warn(f"{path} cannot be deleted: {error}", stacklevel=2)
 
     def result(self, cfg: Config) -> dict | None:
         """The stored result of this run, if any; ValueError where the name holds another run."""
@@ -953,7 +962,7 @@ class Store:
         content = safetensors.torch.save(
             {f"{group}:{n}": w.contiguous() for group, params in groups.items()
              for n, w in (params or {}).items()},
-            {"card": json.dumps(card | {"identity": identity(cfg)})})
+            {"card": json.dumps(card | {"identity": identity(cfg), "names": list(state.params)})})
         folder, sha = f"checkpoints/{run_name(cfg)}", hashlib.sha256(content).hexdigest()
         self.write(f"{folder}/{state.round:07d}_{sha}.safetensors", content)
         for old in self.names(f"{folder}/*.safetensors")[:-keep]:
@@ -969,10 +978,10 @@ class Store:
             header = json.loads(content[8:8 + int.from_bytes(content[:8], "little")])
             card = json.loads(header["__metadata__"]["card"])
             _refuse_other(cfg, card.pop("identity"))
-            groups = {}
-            for key, w in safetensors.torch.load(content).items():
-                group, _, n = key.partition(":")
-                groups.setdefault(group, {})[n] = w.to(device())
+            loaded, groups = safetensors.torch.load(content), {}
+            for n in card.pop("names"):  # in this order: safetensors has another
+                for key in [k for k in loaded if k.endswith(f":{n}")]:
+                    groups.setdefault(key.partition(":")[0], {})[n] = loaded[key].to(device())
             params, best = groups.pop("params"), groups.pop("best", None)
             best = params if card["best_round"] == card["round"] else best
             card["history"] = tuple(card["history"])
@@ -1081,6 +1090,7 @@ def assess(run: Run, state: State) -> State:
     run.load(state.params)
     found = evaluate(run.model, run.data.images[index], run.data.labels[index])
     *rows, row = state.history
+    refuse_divergence(run.cfg, {"validation": found["loss"]}, state.round, row["lr"])
     row |= {f"val_{k}": found[k] for k in ("loss", "top1", "top5")}
     state = replace(state, history=(*rows, row))
     if row["val_top1"] > max((r.get("val_top1", -1) for r in rows), default=-1):
@@ -1255,18 +1265,20 @@ def gather(cfgs: list[Config], store: Store) -> tuple[pd.DataFrame, pd.DataFrame
     missing, bad = len(cfgs) - len(results), [r["run"] for r in results if r["error"]]
     if missing or bad:
         print(f"{missing} of {len(cfgs)} runs are missing, {len(bad)} diverged {bad or ''}", *NOTES)
-    runs = pd.DataFrame([r["config"] | {
-        "run": r["run"], "seconds": r["seconds"], "best_round": r["best_round"],
-        "val": max((100 * row.get("val_top1", 0) for row in r["history"]), default=None),
-        "test": 100 * r["test"]["top1"] if "test" in r else None} for r in results])
-    history = pd.DataFrame([r["config"] | {"run": r["run"]} | row for r in results
-                            for row in r["history"]])
-    for frame in (runs, history):  # how the data were shared out, as the assignment calls it
-        if len(frame):
-            nc = frame.classes_per_client.map(lambda n: "IID" if pd.isna(n) else f"Nc={int(n)}")
-            frame["sharding"] = nc.where(frame.algorithm != "centralized", "centralised")
-            frame["val_top1" if frame is history else "test"] *= 100 if frame is history else 1
-    return runs, history
+    names = [f.name for f in fields(Config)]
+    measures = ["run", "round", "train_loss", "client_norm", "mean_norm", "fedexp_step",
+                "bytes_up", "bytes_down", "bytes_dense", "val_loss", "val_top1", "val_top5"]
+    rows = [r["config"] | {"run": r["run"]} | row for r in results for row in r["history"]]
+    history = pd.DataFrame(rows, columns=[*names, *measures])
+    history["val_top1"] *= 100
+    scores = history.groupby("run").val_top1.max()
+    runs = pd.DataFrame([r["config"] | {k: r[k] for k in ("run", "seconds", "best_round")} | {
+        "val": scores.get(r["run"]), "test": 100 * r["test"]["top1"] if "test" in r else None}
+        for r in results], columns=[*names, "run", "seconds", "best_round", "val", "test"])
+    for frame in (runs, history):
+        nc = frame.classes_per_client.map(lambda n: "IID" if pd.isna(n) else f"Nc={int(n)}")
+        frame["sharding"] = nc.where(frame.algorithm != "centralized", "centralised")
+    return runs.astype({"val": float, "test": float}), history
 
 
 def mean_sd(values: pd.Series) -> str:

@@ -56,6 +56,7 @@ def no_cifar(monkeypatch):
     utils._read.cache_clear()
     yield
     utils._read.cache_clear()
+    utils.NOTES.clear()
 
 
 @pytest.fixture

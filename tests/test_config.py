@@ -4,7 +4,7 @@ from dataclasses import FrozenInstanceError, fields, replace
 import pytest
 import torch
 
-from utils import Config, digest, identity, load_data, preset, run_name
+from utils import NOTES, Config, digest, identity, load_data, preset, run_name
 
 NAN, INF = float("nan"), float("inf")
 OTHER = dict(  # a value that is not the default, for every field but the name
@@ -15,6 +15,8 @@ OTHER = dict(  # a value that is not the default, for every field but the name
     schedule="step", precision="bf16", head="ridge", head_rounds=5, ridge_l2=2.0, rule="random",
     sparsity=0.91, calibration_rounds=1, calibration="vote", calibration_images=64,
     calibration_clients=0.5)
+OF_MASKS = ("sparsity", "calibration_rounds", "calibration", "calibration_images",
+            "calibration_clients")
 INVALID = [
     ("num_clients", 0), ("num_clients", -1), ("num_clients", 2.0), ("num_clients", "100"),
     ("num_clients", True), ("num_clients", None), ("participation", 0), ("participation", 1.1),
@@ -82,6 +84,7 @@ def test_the_demo_without_cifar_warns_and_takes_synthetic_images(no_cifar):
     with pytest.warns(UserWarning, match="SYNTHETIC"):
         c = preset("demo", seed=5)
     assert (c.dataset, c.seed, c.image_size) == ("synthetic", 5, 32)
+    assert {"SYNTHETIC DATA"} == NOTES  # for the figures to say
 
 
 def test_the_demo_with_cifar_takes_it_silently(fake_cifar, recwarn):
@@ -102,15 +105,22 @@ def test_the_identity_is_what_is_not_default_and_never_the_name():
 
 def test_a_number_written_as_int_or_float_is_the_same_run():
     for field in ("lr", "sparsity", "server_lr", "weight_decay", "participation"):
-        a, b = Config(**{field: 1}), Config(**{field: 1.0})
+        a, b = (Config(rule="random", **{field: one}) for one in (1, 1.0))
         assert digest(identity(a)) == digest(identity(b))
         assert run_name(a) == run_name(b)
 
 
 def test_every_field_tells_runs_apart():
     assert OTHER.keys() == {f.name for f in fields(Config)} - {"name"}
-    names = [run_name(Config(**{f: v})) for f, v in OTHER.items()] + [run_name(Config())]
+    mask = dict(rule="random")  # the mask's fields count where there is one
+    names = [run_name(Config(**(mask if f in OF_MASKS else {}), **{f: v}))
+             for f, v in OTHER.items()] + [run_name(Config())]
     assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("field", OF_MASKS)
+def test_dense_runs_that_differ_in_their_unread_mask_are_one(field):
+    assert run_name(Config(**{field: OTHER[field]})) == run_name(Config())
 
 
 def test_equal_configurations_have_equal_run_names():

@@ -76,7 +76,7 @@ def test_samples_are_squared_one_by_one_not_as_a_batch(mlp):
     mlp, x, y = mlp.double(), torch.randn(20, 12).double(), torch.arange(20) % 10
     logp = mlp(x).log_softmax(1).gather(1, y[:, None]).sum()
     batch = [g.square() for g in torch.autograd.grad(logp, list(mlp.parameters()))]
-    for ours, squared in zip(sensitivity(mlp, x, y).values(), batch, strict=True):
+    for ours, squared in zip(sensitivity(mlp, x, y, chunk=20).values(), batch, strict=True):
         assert not torch.allclose(ours, squared, rtol=0.5)
 
 

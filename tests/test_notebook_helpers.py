@@ -130,7 +130,7 @@ def test_converged_is_the_first_round_near_the_best():
 def test_plan_counts_what_is_stored_and_what_is_left(store, monkeypatch, capsys):
     make_small(monkeypatch)
     cfgs = [replace(CFG, num_rounds=8), replace(CFG, num_rounds=8, seed=1),
-            replace(CFG, num_rounds=8, seed=2), replace(CFG, algorithm="centralized")]
+            replace(CFG, num_rounds=8, seed=2), replace(GRID[2], num_rounds=8)]
     utils.train_federated(cfgs[0], store)
     honest, calls = utils.federated_round, []
 
@@ -145,7 +145,7 @@ def test_plan_counts_what_is_stored_and_what_is_left(store, monkeypatch, capsys)
     frame = plan(cfgs, store)
     assert frame.run.tolist() == [run_name(c) for c in cfgs]
     assert frame.stored.tolist() == [8, 3, 0, 0]
-    assert frame["of"].tolist() == [8, 8, 8, 4]
+    assert frame["of"].tolist() == [8, 8, 8, 3]
     left = frame.minutes_left.tolist()
     assert left[0] == 0
     assert left[1] == pytest.approx(5 / 8 * left[2])

@@ -105,9 +105,9 @@ def test_train_centralized_is_centralised_whatever_the_algorithm(store):
 
 
 def test_a_run_learns(store):
-    cfg = replace(CENTRAL, num_epochs=8, lr=0.1, batch_size=10)
+    cfg = replace(CENTRAL, num_epochs=16, batch_size=10)
     history = train_centralized(cfg, store)["history"]
-    assert history[-1]["train_loss"] < 0.8 * history[0]["train_loss"]
+    assert history[-1]["train_loss"] < 0.6 * history[0]["train_loss"]
     assert history[-1]["val_top1"] > 0.2  # chance is 0.05
 
 
@@ -222,17 +222,14 @@ def test_an_interrupted_run_goes_on_to_the_unbroken_bits(tmp_path, monkeypatch, 
 
 def test_interrupting_at_every_round_changes_nothing(tmp_path, monkeypatch):
     cfg = replace(KINDS["scaffold"], num_rounds=6, eval_every=1)
-    whole, calls = final(cfg, Store(tmp_path / "whole")), 0
-    with monkeypatch.context() as patch:
-        while True:
+    whole, seen = final(cfg, Store(tmp_path / "whole")), []
+    for _ in range(6):
+        with monkeypatch.context() as patch:
             cut(patch, "assess", 2)
-            calls += 1
-            if utils.train(cfg, Store(tmp_path / "cut"))["status"] == "finished":
-                break
-            patch.undo()
-            make_small(patch)
+            result = utils.train(cfg, Store(tmp_path / "cut"))
+        seen.append(result.get("round", result["status"]))
     again = final(cfg, Store(tmp_path / "cut"))
-    assert calls == 6
+    assert seen == [1, 2, 3, 4, 5, "finished"]
     assert again[0]["history"] == whole[0]["history"]
     assert same(again[1], whole[1])
 
@@ -283,11 +280,13 @@ def test_a_diverged_run_keeps_its_last_good_weights_and_stays_diverged(store, mo
                                  replace(CFG, server="adam", server_lr=1e30)],
                          ids=["one step", "centralised", "server"])
 @pytest.mark.parametrize("lr", [1e12, 1e30])
-def test_an_overflow_is_a_divergence_not_a_crash(store, cfg, lr):
+@pytest.mark.parametrize("eval_every", [1, 4])
+def test_an_overflow_is_a_divergence_not_a_crash(store, cfg, lr, eval_every):
     """The loss before an exploding step is finite; what follows from it must not break the JSON."""
-    result = utils.train(replace(cfg, lr=lr, eval_every=1), store)
+    cfg = replace(cfg, lr=lr, eval_every=eval_every)
+    result = utils.train(cfg, store)
     assert result["status"] == "diverged"
-    assert utils.train(replace(cfg, lr=lr, eval_every=1), store) == result
+    assert utils.train(cfg, store) == result
 
 
 # ------------------------------------------------------------------ what is trained
