@@ -55,7 +55,7 @@ class Config:
     `dataclasses.replace` makes grids. Raises ValueError (pydantic's ValidationError) naming the
     field, its value and what is allowed.
     """
-    name: str = ""                         # results/<name>.json; "" derives it
+    name: Annotated[str, Field(pattern=r"^[\w.+=-]*$")] = ""  # results/<name>.json; "" derives it
     # data and model
     dataset: Literal["cifar100", "synthetic"] = "cifar100"
     arch: Literal["", "vits16", "mini"] = ""  # "" follows the weights
@@ -116,11 +116,11 @@ def preset(name: str, **changes) -> Config:
     images where CIFAR-100 cannot be had.
     """
     small = dict(weights="mini", arch="mini", image_size=32, batch_size=32, lr=0.1, num_rounds=32,
-                 num_epochs=4, eval_every=4, head_rounds=16)
+                 num_epochs=4, eval_every=8, head_rounds=16)
     presets = {"full": {}, "lite": {"image_size": 96}, "small": small,
                "demo": small | dict(val_fraction=0.9, eval_images=500, participation=0.04,
-                                    batch_size=16, num_rounds=8, num_epochs=2, eval_every=2,
-                                    head_rounds=4, calibration_images=128)}
+                                    batch_size=16, lr=0.05, num_rounds=8, num_epochs=2,
+                                    eval_every=2, head_rounds=4, calibration_images=128)}
     if name not in presets:
         raise ValueError(f"preset {name!r} must be one of {tuple(presets)}")
     cfg = replace(Config(), **presets[name] | changes)
@@ -1039,7 +1039,9 @@ def head_of(cfg: Config, store: Store, data: Data, model: nn.Module) -> Params:
     if cfg.head == "ridge":
         return store.cached("head", dict(backbone=digest(backbone(model)), l2=cfg.ridge_l2,
                                          dataset=cfg.dataset, train=data.train.tolist()), solve)
-    probe = replace(cfg, name="", rule=None, head="probe", server="average",
+    plain = {k: getattr(Config(), k)
+             for k in ("prox_mu", "ridge_l2", "server_lr", "server_momentum")}
+    probe = replace(cfg, name="", rule=None, head="probe", server="average", **plain,
                     num_rounds=cfg.head_rounds, num_epochs=cfg.head_rounds,
                     algorithm="centralized" if cfg.algorithm == "centralized" else "fedavg")
     if train(probe, store, test=False)["status"] != "finished":
