@@ -39,13 +39,13 @@ def main():
             print(f"{path.name} ...", end=" ", flush=True)
             print(f"{execute(path, args.out):.0f} s", flush=True)
     sys.path.insert(0, str(ROOT))
-    from utils import gather, mean_sd, open_store, stored
+    from utils import gather, open_store, stored
     store = open_store(os.environ.get("PRESET", "full"))
     runs, _ = gather(stored(store), store)
-    runs["mask"] = runs.rule.fillna("dense")
-    keys = ["dataset", "weights", "algorithm", "sharding", "local_steps", "mask"]
-    print(runs.dropna(subset="test").groupby(keys).test.agg(mean_sd).rename("test top-1 (%)")
-          .to_string())
+    columns = ["dataset", "algorithm", "server", "sharding", "local_steps", "rule", "sparsity",
+               "calibration", "seed", "val", "test"]
+    tested = runs.dropna(subset="test").sort_values(columns[1:-2])
+    print(tested[columns].fillna({"rule": "dense"}).round(1).to_string(index=False))
 
 
 if __name__ == "__main__":
