@@ -119,7 +119,7 @@ def preset(name: str, **changes) -> Config:
                  num_epochs=4, eval_every=8, head_rounds=16)
     presets = {"full": {}, "lite": {"image_size": 96}, "small": small,
                "demo": small | dict(val_fraction=0.9, eval_images=500, participation=0.04,
-                                    batch_size=16, lr=0.05, num_rounds=8, num_epochs=2,
+                                    batch_size=16, lr=0.05, num_rounds=4, num_epochs=2,
                                     eval_every=2, head_rounds=4, calibration_images=128)}
     if name not in presets:
         raise ValueError(f"preset {name!r} must be one of {tuple(presets)}")
@@ -129,8 +129,8 @@ def preset(name: str, **changes) -> Config:
             load_data(cfg)
     except FileNotFoundError as error:
         warnings.warn(f"SYNTHETIC DATA, its accuracies mean nothing: {error}", stacklevel=2)
-        NOTES.add("SYNTHETIC DATA")
         cfg = replace(cfg, dataset="synthetic")
+        load_data(cfg)
     return cfg
 
 
@@ -201,6 +201,7 @@ def load_data(cfg: Config) -> Data:
 
     Raises FileNotFoundError where CIFAR-100 is neither stored nor to be had.
     """
+    NOTES.update({"SYNTHETIC DATA"} if cfg.dataset == "synthetic" else ())
     arrays = _read(cfg.dataset, os.environ.get("DATA_DIR") or "data", device())
     return Data(*arrays, *split(arrays[1].cpu().numpy(), cfg.val_fraction, cfg.seed))
 
@@ -699,7 +700,7 @@ def drift(vectors: list[Params]) -> dict:
 
     In conflict is an entry that some clients raise and others lower, among those that any moves.
     """
-    v = torch.stack([flat(d) for d in vectors])
+    v = torch.stack([flat({n: d[n] for n in vectors[0]}) for d in vectors])
     norms = v.norm(dim=1)
     up, down = (v > 0).any(0), (v < 0).any(0)
     conflict = (up & down).sum() / (up | down).sum().clamp(min=1)
@@ -873,7 +874,8 @@ def server_step(cfg: Config, params: Params, mean: Params, fedexp: Tensor, memor
         opt = torch.optim.Adam(weights.values(), cfg.server_lr, (cfg.server_momentum, 0.99), 1e-3)
     for n, w in weights.items():
         w.grad = -mean[n]
-        opt.state[w] = {key.removeprefix("server/"): kept[n].clone()
+        opt.state[w] = {key.removeprefix("server/"): kept[n].clone() if kept[n].dim() else
+                        kept[n].cpu().clone()  # Adam counts its steps on the CPU
                         for key, kept in memory.items() if key.startswith("server/")}
     opt.step()
     kept = {f"server/{key}": {n: opt.state[w][key] for n, w in weights.items()}
@@ -1078,7 +1080,12 @@ def open_run(cfg: Config, store: Store) -> tuple[Run, State]:
         names = backbone(model) if cfg.rule else names
     if cfg.rule:
         names = mask = mask_of(cfg, store, data, model, shards)
-        facts["mask"] = dict(sha256=digest(mask), composition=composition(mask))
+        scored = cfg.calibration != "central" and shards and cfg.rule in RULES[:2]
+        scorers = scored and cfg.calibration_rounds * len(cohort(
+            cfg.num_clients, cfg.calibration_clients, "scorers", cfg.seed, 1))
+        bits = 1 if cfg.calibration == "vote" else 32  # a bitmap, or a float32 a weight
+        facts["mask"] = dict(sha256=digest(mask), composition=composition(mask),
+                             bytes_up=bits * flat(mask).numel() // 8 * int(scorers))
     for n, p in model.named_parameters():
         p.requires_grad_(n in names)
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -1090,7 +1097,8 @@ def assess(run: Run, state: State) -> State:
     """Adds validation loss and accuracy to the last row, and keeps the best weights so far."""
     index = run.data.val[:run.cfg.eval_images]
     run.load(state.params)
-    found = evaluate(run.model, run.data.images[index], run.data.labels[index])
+    found = evaluate(run.model, run.data.images[index], run.data.labels[index],
+                     context=precision(run.cfg)[0])
     *rows, row = state.history
     refuse_divergence(run.cfg, {"validation": found["loss"]}, state.round, row["lr"])
     row |= {f"val_{k}": found[k] for k in ("loss", "top1", "top5")}
@@ -1152,7 +1160,8 @@ def train(cfg: Config, store: Store | None = None, test: bool = True) -> dict:
     if test and not state.error:
         run.load(state.best)
         result["test"] = evaluate(run.model, run.data.test_images[:cfg.eval_images],
-                                  run.data.test_labels[:cfg.eval_images])
+                                  run.data.test_labels[:cfg.eval_images],
+                                  context=precision(cfg)[0])
     store.write(f"{run_name(cfg)}.json", dump(result))
     return store.result(cfg)
 
@@ -1208,6 +1217,14 @@ def figure(width: float = COLUMN, height: float = 2.3, **grid):
     """plt.subplots of `width` x `height` inches in the one style of all figures."""
     sns.set_theme("paper", "whitegrid", "colorblind", rc=STYLE)
     return plt.subplots(figsize=(width, height), **grid)
+
+
+def heatmap(table, ax, label: str, fmt: str = ".1f", **options):
+    """A table's numbers, in colour and in print; missing cells, or all of them, stay blank."""
+    table = pd.DataFrame(table).astype(float)
+    if table.notna().any(axis=None):
+        sns.heatmap(table, annot=True, fmt=fmt, cmap="viridis", ax=ax, cbar_kws={"label": label},
+                    **options)
 
 
 def save_figure(fig, path: Path):
@@ -1272,6 +1289,7 @@ def gather(cfgs: list[Config], store: Store) -> tuple[pd.DataFrame, pd.DataFrame
                 "bytes_up", "bytes_down", "bytes_dense", "val_loss", "val_top1", "val_top5"]
     rows = [r["config"] | {"run": r["run"]} | row for r in results for row in r["history"]]
     history = pd.DataFrame(rows, columns=[*names, *measures])
+    history = history.astype(dict.fromkeys(measures[1:], float))
     history["val_top1"] *= 100
     scores = history.groupby("run").val_top1.max()
     runs = pd.DataFrame([r["config"] | {k: r[k] for k in ("run", "seconds", "best_round")} | {

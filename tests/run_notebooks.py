@@ -20,8 +20,9 @@ def execute(path: Path, out: Path | None) -> float:
     """Runs one notebook in notebooks/, keeps the executed copy in `out`; returns the seconds."""
     began, notebook = time.monotonic(), nbformat.read(path, as_version=4)
     try:
-        nbclient.NotebookClient(notebook, timeout=None, resources={
-            "metadata": {"path": str(path.parent)}}).execute()
+        nbclient.NotebookClient(
+            notebook, timeout=None, extra_arguments=["--IPKernelApp.log_level=40"],
+            resources={"metadata": {"path": str(path.parent)}}).execute()
     finally:
         if out:
             out.mkdir(parents=True, exist_ok=True)
