@@ -595,7 +595,7 @@ def lowest(scores: Tensor, k: int, draw: np.random.Generator) -> Tensor:
 
 def calibrate_mask(model: nn.Module, images: Tensor | list[Tensor], *, rule: str, sparsity: float,
                    rounds: int = 4, labels=None, soft: float = 0.1, seed: int = 0, names=None,
-                   combine: str = "mean", participation: float = 1.0, chunk: int = 16) -> Params:
+                   combine: str = "mean", participation: float = 1.0, chunk: int = 8) -> Params:
     """A mask (bool, True = trained) with exactly round((1 - sparsity) * m) of m entries True.
 
     Sensitivity rules follow Iurada et al. 2025, Algorithm 1: each of `rounds` scores afresh with
@@ -624,7 +624,7 @@ def calibrate_mask(model: nn.Module, images: Tensor | list[Tensor], *, rule: str
                   for n, c in unflat(active, weights).items()}
         for k in np.sort(cohort(len(clients), participation, "scorers", seed, r)):
             y = fresh if labels[k] is None else labels[k]
-            score = sign * flat(sensitivity(model, clients[k], y, chunk, damped, names))
+            score = flat(sensitivity(model, clients[k], y, chunk, damped, names)).mul_(sign)
             if combine == "vote":
                 score = -lowest(score.masked_fill_(~active, math.inf), keep, draw).double()
             if combine == "max":
@@ -1062,8 +1062,9 @@ def mask_of(cfg: Config, store: Store, data: Data, model: nn.Module, shards: lis
                    seed=cfg.seed, participation=share,
                    combine="mean" if central else cfg.calibration)
     key = dict(options, dataset=cfg.dataset, index=index, model=digest(model.state_dict()))
+    chunk = 8 if device().type == "cpu" else 32
     return store.cached("mask", key, lambda: calibrate_mask(
-        model, [data.images[i] for i in index], **options))
+        model, [data.images[i] for i in index], chunk=chunk, **options))
 
 
 def open_run(cfg: Config, store: Store) -> tuple[Run, State]:
