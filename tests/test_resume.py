@@ -12,11 +12,13 @@ from helpers import CFG, make_small, same
 import utils
 from utils import Store
 
-BASE = replace(CFG, num_rounds=14, num_epochs=10, eval_every=1)
+BASE = replace(CFG, num_rounds=40, num_epochs=24, eval_every=1)
 RUNS = {"centralised": replace(BASE, algorithm="centralized", batch_size=30),
         "dense": BASE,
         "sparse": replace(BASE, rule="least_sensitive", sparsity=0.5),
         "scaffold": replace(BASE, algorithm="scaffold"),
+        "fedprox with momentum": replace(BASE, algorithm="fedprox", server="momentum"),
+        "sparse with fedexp": replace(BASE, rule="random", head="ridge", server="fedexp"),
         "adam": replace(BASE, server="adam", server_lr=0.01)}
 KILLS = 7
 
@@ -64,8 +66,8 @@ def test_a_run_killed_again_and_again_ends_like_the_unbroken_one(tmp_path, monke
         hits += kill(start(cfg, cut), cfg, cut, draw, wait=attempt > 0)
         state = cut.resume(cfg)
         rounds.add(state.round if state else 0)
-    assert hits >= 4, "the child was faster than its killer"
-    assert len(rounds) >= 4, "too few kills within the run"
+    assert hits >= 3, "the child was faster than its killer"
+    assert len(rounds) >= 3, "too few kills within the run"
     again = utils.train(cfg, Store(cut.root, minutes=0.0))
     assert again["status"] == "finished"
     for key in ("history", "best_round", "test"):
