@@ -1226,6 +1226,7 @@ def heatmap(table, ax, label: str, fmt: str = ".1f", **options):
     if table.notna().any(axis=None):
         sns.heatmap(table, annot=True, fmt=fmt, cmap="viridis", ax=ax, cbar_kws={"label": label},
                     **options)
+        ax.tick_params(axis="y", rotation=0)
 
 
 def save_figure(fig, path: Path):
