@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import utils
+from notebooks import basics
 
 torch.set_num_threads(1)
 
@@ -53,9 +54,9 @@ def no_cifar(monkeypatch):
     def refuse(*args, **kwargs):
         raise OSError("no route to host")
     monkeypatch.setattr("torchvision.datasets.CIFAR100", refuse)
-    utils._read.cache_clear()
+    basics._read.cache_clear()
     yield
-    utils._read.cache_clear()
+    basics._read.cache_clear()
     utils.NOTES.clear()
 
 
@@ -70,6 +71,6 @@ def fake_cifar(monkeypatch):
         return SimpleNamespace(data=draw.integers(0, 256, (n, 32, 32, 3), dtype=np.uint8),
                                targets=(np.arange(n) % 100).tolist())
     monkeypatch.setattr("torchvision.datasets.CIFAR100", dataset)
-    utils._read.cache_clear()
+    basics._read.cache_clear()
     yield asked
-    utils._read.cache_clear()
+    basics._read.cache_clear()

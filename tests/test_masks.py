@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -155,7 +156,7 @@ def test_maskable_is_every_layer_of_the_backbone_and_nothing_else(tiny_vit):
     outright = {"cls_token", "pos_embed", "head.weight", "head.bias"}
     assert set(maskable(tiny_vit)) == {n for n, _ in tiny_vit.named_parameters()} - outright
     with torch.device("meta"):
-        vit = utils.timm.create_model(**utils.ARCHS["vits16"])
+        vit = timm.create_model(**utils.ARCHS["vits16"])
     assert sum(vit.get_parameter(n).numel() for n in maskable(vit)) == 21_589_632
 
 

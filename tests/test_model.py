@@ -2,10 +2,12 @@ import math
 
 import pytest
 import safetensors.torch
+import timm
 import torch
 from torch import nn
 
 import utils
+from notebooks import basics
 from utils import (
     HEAD,
     ROOT,
@@ -147,7 +149,7 @@ def test_without_network_dinos_error_names_the_three_remedies(monkeypatch):
     monkeypatch.setattr("timm.create_model", offline)
     monkeypatch.setattr("torch.hub.load_state_dict_from_url", offline)
     with pytest.raises(FileNotFoundError) as error:
-        utils._read_weights("dino")
+        basics._read_weights("dino")
     for part in ("network", "dino_deitsmall16_pretrain.pth", "weights='<its path>'",
                  "preset('demo')", "no route to host"):
         assert part in str(error.value)
@@ -157,12 +159,12 @@ def test_dinos_own_server_is_asked_when_the_hub_fails(monkeypatch):
     monkeypatch.setattr("timm.create_model", offline)
     monkeypatch.setattr("torch.hub.load_state_dict_from_url",
                         lambda url, **options: {"url": url, "safe": options["weights_only"]})
-    assert utils._read_weights("dino") == {"url": utils.DINO, "safe": True}
+    assert basics._read_weights("dino") == {"url": utils.DINO, "safe": True}
 
 
 def test_the_default_model_is_a_vit_s16():
     with torch.device("meta"):
-        model = utils.timm.create_model(**utils.ARCHS["vits16"], num_classes=100)
+        model = timm.create_model(**utils.ARCHS["vits16"], num_classes=100)
     assert sum(w.numel() for w in backbone(model).values()) == 21_589_632 + 76_032
     assert model.patch_embed.patch_size == (16, 16)
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from helpers import CFG, make_small, same, small_run
 
@@ -263,7 +264,7 @@ def test_a_run_stores_the_hash_of_its_cached_mask(store, small, monkeypatch):
     cfg = replace(CFG, rule="least_sensitive", head="ridge", sparsity=0.75)
     found = utils.train_federated(cfg, store)["mask"]
     name, = store.names("cache/mask_*")
-    mask = utils.safetensors.torch.load(store.read(name))
+    mask = safetensors.torch.load(store.read(name))
     assert found["sha256"] == digest(mask)
     assert found["composition"] == utils.composition(mask)
     free, every = (sum(c.sum().item() for c in mask.values()), utils.flat(mask).numel())
