@@ -23,8 +23,8 @@ from tqdm.auto import tqdm
 from notebooks.basics import (  # noqa: F401  handed on
     ARCHS, DINO, HEAD, NO_CONTEXT, NOTES, ROOT, RULES, STREAMS, Config, Data, Params, augment,
     backbone, build_model, code_version, device, digest, evaluate, features, hardware, identity,
-    learning_rate, load_data, precision, prepare, preset, ridge_from_sums, ridge_head, ridge_sums,
-    rng, run_name, shard, sharpen, split)
+    learning_rate, load_data, precision, prepare, preset, ranks, ridge_from_sums, ridge_head,
+    ridge_sums, rng, run_name, shard, sharpen, split, sum_over_ranks)
 from notebooks.store import State, Store, dump
 # isort: on
 
@@ -375,18 +375,20 @@ def federated_round(run: Run, state: State) -> State:
     """
     cfg, lr = run.cfg, learning_rate(run.cfg, state.round / run.cfg.num_rounds)
     clients = cohort(cfg.num_clients, cfg.participation, "cohort", cfg.seed, state.round).tolist()
-    total = sum(len(run.shards[k]) for k in clients)
-    mean, memory = {n: torch.zeros_like(w) for n, w in state.params.items()}, state.memory
-    squares, losses = [], []
-    for k in clients:
-        vector, loss = client_update(run, state, k, lr)
+    total, (rank, world) = sum(len(run.shards[k]) for k in clients), ranks()
+    mean, controls = {n: torch.zeros_like(w) for n, w in state.params.items()}, {}
+    squares, losses = next(iter(mean.values())).new_zeros(2, len(clients))
+    for i, k in list(enumerate(clients))[rank::world]:  # under torchrun each process has its share
+        vector, losses[i] = client_update(run, state, k, lr)
         torch._foreach_add_(list(mean.values()), list(vector.values()),
                             alpha=len(run.shards[k]) / total)
-        squares.append(squared_norm(vector))
-        losses.append(loss)
+        squares[i] = squared_norm(vector)
         if cfg.algorithm == "scaffold":
-            memory = new_control(cfg, state, memory, k, vector, lr)
-    squares, losses = torch.stack(squares), torch.stack(losses)
+            controls[k] = new_control(cfg, state, k, vector, lr)
+    sum_over_ranks(*mean.values(), squares, losses)
+    memory = state.memory
+    if cfg.algorithm == "scaffold":
+        memory = memory | move_control(cfg, state, clients, controls)
     fedexp = squares.mean() / (2 * (squared_norm(mean) + 1e-12))  # Jhunjhunwala et al. 2023, eq. 8
     params, memory = server_step(cfg, state.params, mean, fedexp.clamp(min=1), memory)
     norms = torch.stack([squares.mean().sqrt(), squared_norm(mean).sqrt(), fedexp])
@@ -412,18 +414,28 @@ def refuse_divergence(cfg: Config, watched: dict, unit: int, lr: float):
                                  f"{bad}. Try a lower lr than {cfg.lr:g}.")
 
 
-def new_control(cfg: Config, state: State, memory: dict, k: int, vector: Params, lr: float) -> dict:
-    """SCAFFOLD's control variates after client k (Karimireddy et al. 2020, option II).
+def new_control(cfg: Config, state: State, k: int, vector: Params, lr: float) -> Params:
+    """SCAFFOLD's control variate of client k after its task vector (Karimireddy et al., option II).
 
-    c_k <- c_k - c + (w - w_k) / (lr a), and c moves by a K-th of the change. With momentum J steps
-    of one gradient move by lr a times it, a = sum_{i<=J} (1 - mu^i) / (1 - mu): J where mu is 0.
+    c_k <- c_k - c + (w - w_k) / (lr a). With momentum J steps of one gradient move by lr a times
+    it, a = sum_{i<=J} (1 - mu^i) / (1 - mu): J where mu is 0.
     """
     a = sum((1 - cfg.momentum**i) / (1 - cfg.momentum) for i in range(1, cfg.local_steps + 1))
     zero = {n: torch.zeros_like(v) for n, v in vector.items()}
-    c, own = state.memory.get("control", zero), memory.get(f"control/{k}", zero)
-    fresh = {n: own[n] - c[n] - v / (lr * max(a, 1)) for n, v in vector.items()}
-    moved = add(memory.get("control", zero), scale(task_vector(fresh, own), 1 / cfg.num_clients))
-    return memory | {"control": moved, f"control/{k}": fresh}
+    c, own = (state.memory.get(key, zero) for key in ("control", f"control/{k}"))
+    return {n: own[n] - c[n] - v / (lr * max(a, 1)) for n, v in vector.items()}
+
+
+def move_control(cfg: Config, state: State, clients: list[int], fresh: dict) -> dict[str, Params]:
+    """The cohort's `fresh` control variates, and the server's, which moves by a K-th of theirs."""
+    zero = {n: torch.zeros_like(w) for n, w in state.params.items()}
+    control = state.memory.get("control", zero)
+    for k in clients:
+        fresh.setdefault(k, {n: torch.zeros_like(w) for n, w in zero.items()})
+        sum_over_ranks(*fresh[k].values())  # of which all but one are zero
+        change = task_vector(fresh[k], state.memory.get(f"control/{k}", zero))
+        control = apply_vector(control, change, 1 / cfg.num_clients)
+    return {"control": control} | {f"control/{k}": own for k, own in fresh.items()}
 
 
 def server_step(cfg: Config, params: Params, mean: Params, fedexp: Tensor, memory: dict):
@@ -551,7 +563,8 @@ def fold(run: Run, store: Store, state: State) -> State:
     """Rounds (or epochs) until the run's length, stored on the way, at a stop and at the end."""
     cfg, saved = run.cfg, (state.round, time.monotonic())
     step = centralized_epoch if cfg.algorithm == "centralized" else federated_round
-    with tqdm(total=cfg.length, initial=state.round, desc=run_name(cfg), leave=False) as bar:
+    with tqdm(total=cfg.length, initial=state.round, desc=run_name(cfg), leave=False,
+              disable=ranks()[0] > 0) as bar:
         try:
             while state.round < cfg.length:
                 began, after = time.monotonic(), step(run, state)
@@ -579,6 +592,9 @@ def train(cfg: Config, store: Store | None = None, test: bool = True) -> dict:
     (stopped by hand; call again to go on) or "missing" (in a frozen store). The test set is read
     once, by the weights that were best on validation, and not at all with `test=False`.
     """
+    if cfg.algorithm == "centralized" and ranks()[1] > 1:
+        raise ValueError(f"algorithm='centralized' has no clients for {ranks()[1]} processes to "
+                         "share: start it in one, without torchrun")
     store = store or Store()
     result = store.result(cfg)
     if store.frozen or result and (result["status"] == "diverged" or "test" in result or not test):

@@ -19,6 +19,7 @@ import numpy as np
 import safetensors.torch
 import timm
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from pydantic import ConfigDict, Field
@@ -184,8 +185,37 @@ class Data:
     val: np.ndarray
 
 
+def ranks() -> tuple[int, int]:
+    """(rank, number of processes): (0, 1) unless torchrun started several."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        if torch.cuda.is_available():
+            torch.cuda.set_device(device())
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def sum_over_ranks(*tensors: Tensor):
+    """Replaces float32 tensors by their sums over all processes, in one all-reduce."""
+    if ranks()[1] > 1:
+        total = torch.cat([t.flatten() for t in tensors])
+        dist.all_reduce(total)
+        for t, part in zip(tensors, total.split([t.numel() for t in tensors]), strict=True):
+            t.copy_(part.view_as(t))
+
+
+def from_rank_0(compute):
+    """What `compute()` gives on rank 0, on every rank."""
+    if ranks()[1] == 1:
+        return compute()
+    box = [compute() if ranks()[0] == 0 else None]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
 def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    on_gpu = torch.cuda.is_available()
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else (
+        torch.device("cpu"))
 
 
 def hardware() -> str:
@@ -423,8 +453,12 @@ def evaluate(model: nn.Module, images: Tensor, labels: Tensor, batch: int = 500,
              context=NO_CONTEXT) -> dict:
     """Mean loss, top-1, top-5 and per-class accuracy (shares of 1) on uint8 images (n, 3, h, w)."""
     model.eval()
+    rank, world = ranks()
     with torch.inference_mode(), context:
-        logits = torch.cat([model(prepare(x, model)).float() for x in images.split(batch)])
+        parts = [model(prepare(x, model)).float() if i % world == rank else
+                 torch.zeros(len(x), model.num_classes, device=x.device)
+                 for i, x in enumerate(images.split(batch))]
+        sum_over_ranks(logits := torch.cat(parts))
         hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
         count = partial(torch.bincount, labels, minlength=logits.shape[1])
         per_class = zip(count(hits[:, 0].double()).tolist(), count().tolist(), strict=True)

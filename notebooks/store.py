@@ -9,7 +9,16 @@ from pathlib import Path
 import safetensors.torch
 from torch import Tensor
 
-from notebooks.basics import Config, Params, device, digest, identity, run_name
+from notebooks.basics import (
+    Config,
+    Params,
+    device,
+    digest,
+    from_rank_0,
+    identity,
+    ranks,
+    run_name,
+)
 
 
 @dataclass(frozen=True)
@@ -50,7 +59,12 @@ class Store:
         """The file's content, from the drive where `root` has none; FileNotFoundError without."""
         return next((p for p in self.places(name) if p.exists()), Path(name)).read_bytes()
 
+    def find(self, name: str) -> bytes | None:
+        return self.read(name) if self.names(name) else None
+
     def write(self, name: str, content: bytes):
+        if ranks()[0]:  # under torchrun one process does all the writing
+            return
         _replace(self.places(name)[0], content)
         self.late |= {name} if self.drive else set()
         for waiting in sorted(self.late, key=lambda n: n.endswith(".json")):  # results last
@@ -61,6 +75,8 @@ class Store:
                 warnings.warn(f"{waiting} is only in {self.root} for now: {error}", stacklevel=2)
 
     def delete(self, name: str):
+        if ranks()[0]:
+            return
         self.late.discard(name)
         for path in filter(Path.exists, self.places(name)):
             try:
@@ -71,9 +87,10 @@ class Store:
 
     def result(self, cfg: Config) -> dict | None:
         """The stored result of this run, if any; ValueError where the name holds another run."""
-        if not self.names(f"{run_name(cfg)}.json"):
+        content = from_rank_0(lambda: self.find(f"{run_name(cfg)}.json"))
+        if content is None:
             return None
-        result = json.loads(self.read(f"{run_name(cfg)}.json"))
+        result = json.loads(content)
         _refuse_other(cfg, result["identity"])
         return result
 
@@ -91,41 +108,49 @@ class Store:
         for old in self.names(f"{folder}/*.safetensors")[:-keep]:
             self.delete(old)
 
-    def resume(self, cfg: Config) -> State | None:
-        """The newest checkpoint that verifies; ValueError where the name holds another run."""
-        for name in reversed(self.names(f"checkpoints/{run_name(cfg)}/*.safetensors")):
+    def newest(self, folder: str) -> bytes | None:
+        """The newest checkpoint in the folder that has the SHA-256 of its name."""
+        for name in reversed(self.names(f"{folder}/*.safetensors")):
             content = self.read(name)
-            if not name.endswith(f"{hashlib.sha256(content).hexdigest()}.safetensors"):
-                warnings.warn(f"{name} is damaged: trying an older checkpoint", stacklevel=2)
-                continue
-            header = json.loads(content[8:8 + int.from_bytes(content[:8], "little")])
-            card = json.loads(header["__metadata__"]["card"])
-            _refuse_other(cfg, card.pop("identity"))
-            loaded, groups = safetensors.torch.load(content), {}
-            for n in card.pop("names"):  # in this order: safetensors has another
-                for key in [k for k in loaded if k.endswith(f":{n}")]:
-                    groups.setdefault(key.partition(":")[0], {})[n] = loaded[key].to(device())
-            params, best = groups.pop("params"), groups.pop("best", None)
-            best = params if card["best_round"] == card["round"] else best
-            card["history"] = tuple(card["history"])
-            return State(params, memory=groups, best=best, **card)
+            if name.endswith(f"_{hashlib.sha256(content).hexdigest()}.safetensors"):
+                return content
+            warnings.warn(f"{name} is damaged: trying an older checkpoint", stacklevel=3)
         return None
 
+    def resume(self, cfg: Config) -> State | None:
+        """The newest checkpoint that verifies; ValueError where the name holds another run."""
+        content = from_rank_0(lambda: self.newest(f"checkpoints/{run_name(cfg)}"))
+        if content is None:
+            return None
+        header = json.loads(content[8:8 + int.from_bytes(content[:8], "little")])
+        card = json.loads(header["__metadata__"]["card"])
+        _refuse_other(cfg, card.pop("identity"))
+        loaded, groups = safetensors.torch.load(content), {}
+        for n in card.pop("names"):  # in this order: safetensors has another
+            for key in [k for k in loaded if k.endswith(f":{n}")]:
+                groups.setdefault(key.partition(":")[0], {})[n] = loaded[key].to(device())
+        params, best = groups.pop("params"), groups.pop("best", None)
+        best = params if card["best_round"] == card["round"] else best
+        card["history"] = tuple(card["history"])
+        return State(params, memory=groups, best=best, **card)
+
     def cached(self, kind: str, key: dict, compute):
-        """`compute()` kept under all that it depends on: weights in cache/, JSON in notes/."""
+        """`compute()` kept under all that it depends on: weights in cache/, JSON in notes/.
+
+        A frozen store that has none gives {}.
+        """
         name = f"{kind}_{digest(key)}"
         weights, note = f"cache/{name}.safetensors", f"notes/{name}.json"
-        if self.names(weights):
-            found = safetensors.torch.load(self.read(weights))
-            return {n: w.to(device()) for n, w in found.items()}
-        if self.names(note) or self.frozen:
-            return json.loads(self.read(note)) if self.names(note) else {}
-        value = compute()
-        if all(isinstance(v, Tensor) for v in value.values()):
-            self.write(weights, safetensors.torch.save(value))
-        else:
-            self.write(note, dump(value))
-        return value
+        kept = from_rank_0(lambda: (self.find(weights), self.find(note)))
+        if kept == (None, None) and not self.frozen:
+            value = compute()
+            tensors = all(isinstance(v, Tensor) for v in value.values())
+            kept = (safetensors.torch.save(value), None) if tensors else (None, dump(value))
+            kept = from_rank_0(lambda: kept)  # ranks may differ in a bit: the first one's counts
+            self.write(weights if tensors else note, kept[0] or kept[1])
+        if kept[0]:
+            return {n: w.to(device()) for n, w in safetensors.torch.load(kept[0]).items()}
+        return json.loads(kept[1] or "{}")
 
 
 def _replace(path: Path, content: bytes):
