@@ -9,6 +9,7 @@ currency: `dict[str, Tensor]` keyed by parameter name.
 import math
 import re
 import time
+import warnings
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from importlib.metadata import version
@@ -21,10 +22,10 @@ from tqdm.auto import tqdm
 
 # isort: off
 from notebooks.basics import (  # noqa: F401  handed on
-    ARCHS, DINO, HEAD, NO_CONTEXT, NOTES, ROOT, RULES, STREAMS, Config, Data, Params, augment,
-    backbone, build_model, code_version, device, digest, evaluate, features, hardware, identity,
-    learning_rate, load_data, precision, prepare, preset, ranks, ridge_from_sums, ridge_head,
-    ridge_sums, rng, run_name, shard, sharpen, split, sum_over_ranks)
+    ARCHS, DINO, HEAD, NO_CONTEXT, NOTES, PRESETS, ROOT, RULES, STREAMS, Config, Data, Params,
+    augment, backbone, build_model, code_version, device, digest, evaluate, features, hardware,
+    identity, learning_rate, load_data, precision, prepare, preset, ranks, ridge_from_sums,
+    ridge_head, ridge_sums, rng, run_name, shard, sharpen, split, sum_over_ranks)
 from notebooks.store import State, Store, dump
 # isort: on
 
@@ -324,19 +325,36 @@ def batches(run: Run, order: np.ndarray, draw: np.random.Generator):
 
 
 def sgd_step(run: Run, opt: SparseSGDM, images: Tensor, labels: Tensor, adjust=None) -> Tensor:
-    """One SGDM step; the loss stays on the device. `adjust` may change the gradients first."""
+    """One SGDM step; the loss stays on the device. `adjust` may change the gradients first.
+
+    Where the GPU's memory is too small for the batch, its gradient is summed over smaller parts.
+    """
     context, loss_scale = precision(run.cfg)
-    with context:
-        loss = F.cross_entropy(run.model(prepare(images, run.model)), labels)
+    size, loss = -(-len(images) // run.facts.setdefault("batch_parts", 1)), 0.0
     opt.zero_grad()
-    (loss * loss_scale).backward()
+    try:
+        for x, y in zip(images.split(size), labels.split(size), strict=True):
+            with context:
+                part = F.cross_entropy(run.model(prepare(x, run.model)), y) * (len(x) / len(images))
+            (part * loss_scale).backward()
+            loss += part.detach()
+    except torch.OutOfMemoryError:
+        if size == 1:
+            raise
+        run.facts["batch_parts"] *= 2
+        size = 0
+    if not size:  # out of the handler, which kept the failed pass's memory alive
+        warnings.warn(f"Batches of {len(images)} do not fit into the memory of this GPU: computed "
+                      f"in {run.facts['batch_parts']} parts, with the same sums.", stacklevel=2)
+        torch.cuda.empty_cache()
+        return sgd_step(run, opt, images, labels, adjust)
     grads = [p.grad for p in run.trained.values()]
     if loss_scale != 1:
         torch._foreach_mul_(grads, 1 / loss_scale)
     if adjust:
         adjust(grads)
     opt.step()
-    return loss.detach()
+    return loss
 
 
 def client_update(run: Run, state: State, k: int, lr: float) -> tuple[Params, Tensor]:

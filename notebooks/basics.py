@@ -99,6 +99,14 @@ class Config:
         return self.num_epochs if self.algorithm == "centralized" else self.num_rounds
 
 
+_SMALL = dict(weights="mini", arch="mini", image_size=32, batch_size=32, lr=0.1, num_rounds=32,
+              num_epochs=4, eval_every=8, head_rounds=16)
+PRESETS = {"full": {}, "lite": {"image_size": 96}, "small": _SMALL,
+           "demo": _SMALL | dict(val_fraction=0.9, eval_images=500, participation=0.04,
+                                 batch_size=16, lr=0.05, num_rounds=4, num_epochs=2,
+                                 eval_every=2, head_rounds=4, calibration_images=128)}
+
+
 def preset(name: str, **changes) -> Config:
     """The configuration "full", "lite", "small" or "demo", with `changes`.
 
@@ -106,15 +114,9 @@ def preset(name: str, **changes) -> Config:
     px, for a CPU. demo: the same on a tenth of the images for minutes; it warns and takes synthetic
     images where CIFAR-100 cannot be had.
     """
-    small = dict(weights="mini", arch="mini", image_size=32, batch_size=32, lr=0.1, num_rounds=32,
-                 num_epochs=4, eval_every=8, head_rounds=16)
-    presets = {"full": {}, "lite": {"image_size": 96}, "small": small,
-               "demo": small | dict(val_fraction=0.9, eval_images=500, participation=0.04,
-                                    batch_size=16, lr=0.05, num_rounds=4, num_epochs=2,
-                                    eval_every=2, head_rounds=4, calibration_images=128)}
-    if name not in presets:
-        raise ValueError(f"preset {name!r} must be one of {tuple(presets)}")
-    cfg = replace(Config(), **presets[name] | changes)
+    if name not in PRESETS:
+        raise ValueError(f"preset {name!r} must be one of {tuple(PRESETS)}")
+    cfg = replace(Config(), **PRESETS[name] | changes)
     try:
         if name == "demo":
             load_data(cfg)
@@ -232,10 +234,14 @@ def load_data(cfg: Config) -> Data:
     return Data(*arrays, *split(arrays[1].cpu().numpy(), cfg.val_fraction, cfg.seed))
 
 
+PER_CLASS = {"cifar100": 500, "synthetic": 120}  # training images, before validation is split off
+
+
 @lru_cache(maxsize=2)  # a grid of runs reads the files once
 def _read(dataset: str, folder: str, where: torch.device) -> list[Tensor]:
     if dataset == "synthetic":
-        return [t.to(where) for per_class in (120, 20) for t in _synthetic(per_class)]
+        sizes = PER_CLASS[dataset], 20
+        return [t.to(where) for per_class in sizes for t in _synthetic(per_class)]
     try:
         parts = [torchvision.datasets.CIFAR100(folder, t, download=True) for t in (True, False)]
     except (OSError, RuntimeError) as error:

@@ -1,20 +1,38 @@
 """What notebooks show: plans of what to run, tables and figures of what is stored."""
+import base64
+import html
+import io
 import json
+import math
 import os
 import time
-from dataclasses import fields, replace
-from functools import lru_cache
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
+import ipywidgets as widgets
 import matplotlib.pyplot as plt
 import pandas as pd
+import safetensors
 import seaborn as sns
 import torch
+from IPython.display import display
+from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
-from notebooks.basics import NOTES, ROOT, Config, evaluate, hardware, identity, run_name
+from notebooks.basics import (
+    NOTES,
+    PER_CLASS,
+    PRESETS,
+    ROOT,
+    Config,
+    evaluate,
+    hardware,
+    identity,
+    run_name,
+)
 from notebooks.store import Store
-from utils import apply_vector, client_update, cohort, drift, open_run, train
+from utils import apply_vector, client_update, cohort, drift, open_run, overlap, train
 
 
 def train_all(cfgs: list[Config], store: Store, test: bool = True):
@@ -44,6 +62,15 @@ def diagnose(cfg: Config, store: Store, alphas=(0.0, 0.5, 1.0, 1.5, 2.0, 3.0)) -
     return store.cached("drift", dict(identity(cfg), alphas=alphas), compute)
 
 
+def overlaps(cfgs: list[Config], store: Store) -> dict:
+    """{"iou": rows} of the overlap of each two runs' masks, kept; {} from a frozen store."""
+    def compute():
+        masks = [open_run(c, store)[0].mask for c in cfgs]
+        return {"iou": [[overlap(a, b) for b in masks] for a in masks]}
+    return store.cached("overlap", {"runs": [run_name(c) for c in cfgs]}, compute)
+
+
+# ------------------------------------------------------------------ figures and tables
 COLUMN, PAGE = 3.28, 6.88  # widths in inches of a two-column report
 STYLE = {"font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "legend.fontsize": 7,
          "xtick.labelsize": 7, "ytick.labelsize": 7, "lines.linewidth": 1.4, "pdf.fonttype": 42,
@@ -98,6 +125,16 @@ def stored(store: Store, **wanted) -> list[Config]:
     return [Config(**c) for c in configs if all(c[k] == v for k, v in wanted.items())]
 
 
+def tuned(cfg: Config, store: Store) -> Config:
+    """`cfg` at the learning rate that was best on validation, IID with J = 4, among stored runs
+    of the same data, model, method and mask rule; as it is, where none is stored."""
+    same = ("dataset", "weights", "image_size", "val_fraction", "head", "algorithm", "server",
+            "rule", "calibration") + (("sparsity",) if cfg.rule else ())
+    runs = stored(store, classes_per_client=None, local_steps=4,
+                  **{name: getattr(cfg, name) for name in same})
+    return replace(cfg, lr=best(runs, store).lr) if runs else cfg
+
+
 def best(cfgs: list[Config], store: Store) -> Config:
     """The configuration with the highest validation accuracy; the first, where none is stored."""
     def score(cfg):
@@ -114,14 +151,19 @@ def converged(history: pd.DataFrame, points: float = 0.5) -> pd.Series:
 
 
 def gather(cfgs: list[Config], store: Store) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """(runs, history) of the stored results among `cfgs`: a row a run, a row a round of a run.
+    """(runs, history) of the stored results among `cfgs`, as `frames` has them.
 
-    Accuracies in %. Says how many runs are missing or diverged: figures show them as gaps.
+    Says how many runs are missing or diverged: figures show them as gaps.
     """
     results = [r for r in map(store.result, cfgs) if r]
     missing, bad = len(cfgs) - len(results), [r["run"] for r in results if r["error"]]
     if missing or bad:
         print(f"{missing} of {len(cfgs)} runs are missing, {len(bad)} diverged {bad or ''}", *NOTES)
+    return frames(results)
+
+
+def frames(results: list[dict]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """(runs, history): a row a run, and a row a round of a run; accuracies in %."""
     names = [f.name for f in fields(Config)]
     measures = ["run", "round", "train_loss", "client_norm", "mean_norm", "fedexp_step",
                 "bytes_up", "bytes_down", "bytes_dense", "val_loss", "val_top1", "val_top5"]
@@ -146,31 +188,193 @@ def mean_sd(values: pd.Series) -> str:
     return f"{values.mean():.2f}{sd} ({len(values)})" if len(values) else "–"
 
 
-@lru_cache
-def _seconds_per_step(cfg: Config) -> float:
-    """Measured on three local steps of a fresh model."""
-    run, state = open_run(replace(cfg, local_steps=3), Store(Path(os.devnull)))
-    client_update(run, state, 0, cfg.lr)
-    began = time.monotonic()
-    client_update(run, state, 0, cfg.lr)[1].item()
-    return (time.monotonic() - began) / 3
+# ------------------------------------------------------------------ plans
+SPEED: dict[tuple, float] = {}  # seconds of a local step, as measured or stored on this hardware
+
+
+def progress(cfg: Config, store: Store) -> dict:
+    """What is stored of a run: its result, else the card of its newest readable checkpoint."""
+    if result := store.result(cfg):
+        return result | {"round": cfg.length}
+    for name in reversed(store.names(f"checkpoints/{run_name(cfg)}/*.safetensors")):
+        for path in filter(Path.exists, store.places(name)):
+            try:
+                with safetensors.safe_open(path, "pt") as file:  # reads the header, no weights
+                    return json.loads(file.metadata()["card"])
+            except (safetensors.SafetensorError, OSError):
+                continue  # cut or damaged: training will say so, and resume from an older one
+    return {"round": 0, "history": []}
+
+
+def steps_of(cfg: Config) -> int:
+    """SGD steps of a round, or of an epoch."""
+    if cfg.algorithm == "centralized":
+        n = PER_CLASS[cfg.dataset]  # no need to read the images
+        return math.ceil(100 * (n - round(cfg.val_fraction * n)) / cfg.batch_size)
+    return cfg.local_steps * max(1, round(cfg.participation * cfg.num_clients))
+
+
+def speed_key(cfg: Config) -> tuple:
+    arch = cfg.arch or ("mini" if cfg.weights == "mini" else "vits16")
+    return arch, cfg.image_size, cfg.batch_size, cfg.precision, hardware()
+
+
+def measure_speed(cfg: Config) -> float:
+    """Seconds of a local step, by three of them on a model of random weights."""
+    if speed_key(cfg) not in SPEED:
+        plain = Config(weights="none", arch=speed_key(cfg)[0], dataset=cfg.dataset, local_steps=3,
+                       image_size=cfg.image_size, batch_size=cfg.batch_size,
+                       precision=cfg.precision)
+        run, state = open_run(plain, Store(Path(os.devnull)))
+        client_update(run, state, 0, cfg.lr)[1].item()
+        began = time.monotonic()
+        client_update(run, state, 0, cfg.lr)[1].item()
+        SPEED[speed_key(cfg)] = (time.monotonic() - began) / 3
+    return SPEED[speed_key(cfg)]
 
 
 def plan(cfgs: list[Config], store: Store) -> pd.DataFrame:
-    """What of these runs is stored and what is left, with an estimate of the time it takes."""
+    """What of these runs is stored and what is left, with an estimate of time and of storage."""
     rows = []
     for cfg in cfgs:
-        names = store.names(f"checkpoints/{run_name(cfg)}/*.safetensors")
-        done = cfg.length if store.result(cfg) else int(Path(names[-1]).name[:7]) if names else 0
-        cohort_size = max(1, round(cfg.participation * cfg.num_clients))
-        steps = (cfg.local_steps * cohort_size if cfg.algorithm != "centralized" else
-                 50_000 * (1 - cfg.val_fraction) / cfg.batch_size)
-        plain = Config(weights="none", arch=cfg.arch or "vits16", dataset=cfg.dataset,
-                       image_size=cfg.image_size, batch_size=cfg.batch_size)
+        done = progress(cfg, store)["round"]
         left = cfg.length - done
-        seconds = left and left * steps * _seconds_per_step(plain)
+        seconds = left and left * steps_of(cfg) * measure_speed(cfg)
         rows.append(dict(run=run_name(cfg), stored=done, of=cfg.length, minutes_left=seconds / 60))
     frame = pd.DataFrame(rows)
     print(f"{(frame.stored == frame.of).sum()} of {len(frame)} runs are stored; training the rest "
           f"takes about {frame.minutes_left.sum():.0f} min on {hardware()}", *NOTES)
     return frame
+
+
+# ------------------------------------------------------------------ the panel
+LABELS = {"preset": "Preset", "classes_per_client": "Classes per client, Nc", "seed": "Seed",
+          "local_steps": "Local steps, J", "num_rounds": "Rounds, T", "num_epochs": "Epochs",
+          "rule": "Mask rule", "sparsity": "Sparsity, s", "lr": "Learning rate, η",
+          "calibration_rounds": "Calibration rounds, R", "calibration": "Calibration",
+          "schedule": "Schedule", "server": "Server step", "algorithm": "Algorithm"}
+NONE = {"classes_per_client": "IID", "rule": "none (dense)"}
+
+
+@dataclass
+class Panel:
+    """Controls that choose one run, and what is stored of it. Choosing never starts a run."""
+    make: Callable[..., Config]     # (preset, **what else is chosen) -> Config
+    drive: Path | None
+    options: dict[str, list]        # of the menus; a control that is not here is a number field
+    controls: dict[str, widgets.Widget]
+    status: widgets.HTML
+    picture: widgets.HTML
+    table: widgets.HTML
+
+    def chosen(self) -> dict:
+        return {name: self.options[name][control.index] if name in self.options else control.value
+                for name, control in self.controls.items()}
+
+    @property
+    def cfg(self) -> Config:
+        values = self.chosen()
+        return self.make(values.pop("preset"), **values)
+
+    @property
+    def store(self) -> Store:
+        return open_store(self.chosen()["preset"], self.drive)
+
+    def look(self, change=None):
+        """Shows what is stored of the choice; a choice that cannot be is told, not raised."""
+        try:
+            cfg = self.cfg
+            found = progress(cfg, self.store)
+            text = describe(cfg, found)
+            self.picture.value = curve(cfg, found)
+        except ValueError as error:
+            text, self.picture.value = f"This cannot be run: {error}", ""
+        self.status.value = f'<div role="status">{html.escape(text)}</div>'
+
+    def tabulate(self, change=None):
+        """Lists the stored runs, and learns from them how long a step takes here."""
+        results = [json.loads(self.store.read(n)) for n in self.store.names("*.json")]
+        for result in results:
+            cfg, rounds = Config(**result["config"]), len(result["history"])
+            if result["hardware"] == hardware() and cfg.local_steps and rounds:
+                SPEED.setdefault(speed_key(cfg), result["seconds"] / rounds / steps_of(cfg))
+        runs, names = frames(results)[0], [n for n in self.controls if n != "preset"]
+        shown = runs[["sharding", *(n for n in names if n != "classes_per_client"), "val", "test"]]
+        body = shown.rename(columns=LABELS | {"val": "validation (%)", "test": "test (%)"}).to_html(
+            index=False, float_format="{:.4g}".format, na_rep="–", border=0)
+        self.table.value = ('<div style="max-height:14em;overflow:auto" tabindex="0" role="region" '
+                            f'aria-label="Stored runs">{len(runs)} runs are stored{body}</div>')
+
+    def run(self, test: bool = True):
+        """Trains what is missing of the chosen run. Stop the cell at will; rerun it to go on."""
+        train_all([self.cfg], self.store, test)
+        self.tabulate()
+        self.look()
+        print(describe(self.cfg, progress(self.cfg, self.store)))
+
+    def _ipython_display_(self):
+        box = widgets.Layout(flex_flow="row wrap")
+        display(widgets.VBox([widgets.HBox(list(self.controls.values()), layout=box), self.status,
+                              self.picture, self.table]))
+
+
+def panel(make: Callable[..., Config], first: dict, drive: Path | None = None, **options) -> Panel:
+    """A `Panel` for the runs that `make(preset, **values)` gives.
+
+    `options` names what else can be chosen: a list of values makes a menu, a range a number field.
+    `first` has the initial values, by the same names. ValueError for one that is not offered.
+    """
+    options = {"preset": list(PRESETS), **options}
+    if wrong := {n: v for n, v in first.items() if n not in options or v not in options[n]}:
+        raise ValueError(f"{wrong} cannot come first: the panel offers {options}")
+    controls, style = {}, {"description_width": "initial"}
+    for name, values in options.items():
+        label, value = LABELS.get(name, name), first.get(name, values[0])
+        controls[name] = widgets.BoundedIntText(
+            value, min=values[0], max=values[-1], description=label, style=style) if isinstance(
+            values, range) else widgets.Dropdown(
+            options=[NONE.get(name, "none") if v is None else str(v) for v in values],
+            index=values.index(value), description=label, style=style)
+    menus = {n: v for n, v in options.items() if not isinstance(v, range)}
+    made = Panel(make, drive, menus, controls, *(widgets.HTML() for _ in range(3)))
+    for name, control in controls.items():
+        if name == "preset":
+            control.observe(made.tabulate, "index")
+        control.observe(made.look, "index" if name in menus else "value")
+    made.tabulate()
+    made.look()
+    return made
+
+
+def describe(cfg: Config, found: dict) -> str:
+    """One line: what is stored of a run and what is left to do, with the time it takes."""
+    unit = "epochs" if cfg.algorithm == "centralized" else "rounds"
+    if found.get("error"):
+        return f"Diverged: {found['error']}"
+    if found.get("status") == "finished":
+        scores = [f"validation {100 * max(r.get('val_top1', 0) for r in found['history']):.1f} %"]
+        scores += [f"test {100 * found['test']['top1']:.1f} %"] if "test" in found else []
+        return f"{cfg.length} of {cfg.length} {unit} stored, nothing to run: {', '.join(scores)}"
+    left, step = cfg.length - found["round"], SPEED.get(speed_key(cfg))
+    minutes = left * steps_of(cfg) * step / 60 if step else None
+    time_left = "time not measured yet" if minutes is None else (
+        f"about {minutes:.0f} min" if minutes >= 1 else "less than a minute")
+    return f"{found['round']} of {cfg.length} {unit} stored, will run {left}, {time_left}"
+
+
+def curve(cfg: Config, found: dict) -> str:
+    """The run's accuracy over its rounds as an <img> with alternative text; "" without any."""
+    points = [(r["round"], 100 * r["val_top1"]) for r in found["history"] if "val_top1" in r]
+    if not points:
+        return ""
+    unit = "epoch" if cfg.algorithm == "centralized" else "round"
+    sns.set_theme("paper", "whitegrid", "colorblind", rc=STYLE)
+    fig = Figure((COLUMN, 1.8))
+    ax = fig.subplots()
+    ax.plot(*zip(*points, strict=True), marker="o")
+    ax.set(xlabel=unit, ylabel="validation top-1 (%)", xlim=(0, cfg.length * 1.02))
+    fig.text(0.5, 0.5, "\n".join(NOTES), c="red", alpha=0.4, size=14, ha="center")
+    fig.savefig(content := io.BytesIO(), format="png")
+    said = ", ".join(f"{y:.1f} % at {unit} {x}" for x, y in points)
+    return (f'<img alt="Validation accuracy of {run_name(cfg)}: {said}" style="max-width:100%" '
+            f'src="data:image/png;base64,{base64.b64encode(content.getvalue()).decode()}">')

@@ -531,3 +531,39 @@ def test_the_step_sees_unscaled_gradients(monkeypatch):
     exact = gradient(run.model, start.params, run.data.images[:8], run.data.labels[:8])
     for g, e in zip(seen, exact.values(), strict=True):
         assert (g - e).norm() < 0.05 * e.norm()
+
+
+# ------------------------------------------------------------------ memory
+class Narrow(nn.Module):
+    """A model on a device that has room for `room` images at a time."""
+
+    def __init__(self, model, room):
+        super().__init__()
+        self.model, self.room = model, room
+
+    def forward(self, x):
+        if len(x) > self.room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return self.model(x)
+
+
+@pytest.mark.parametrize("room", [1, 3, 5])
+def test_a_batch_that_does_not_fit_is_computed_in_parts_with_the_same_sums(plain, room):
+    cfg = Config(num_clients=1, **LINEAR | dict(batch_size=10, local_steps=2, momentum=0.9))
+    run, start = small_run(cfg, [range(10)], model=linear())
+    want = {n: v.clone() for n, v in utils.client_update(run, start, 0, 0.1)[0].items()}
+    tight, _ = small_run(cfg, [range(10)], model=linear())
+    tight = replace(tight, model=Narrow(tight.model, room))
+    with pytest.warns(UserWarning, match="Batches of 10 do not fit"):
+        got, loss = utils.client_update(tight, start, 0, 0.1)
+    assert close(got, want, 1e-5)
+    assert tight.facts["batch_parts"] == {1: 16, 3: 4, 5: 2}[room]
+    assert run.facts["batch_parts"] == 1
+
+
+def test_a_device_without_room_for_one_image_says_so(plain):
+    cfg = Config(num_clients=1, **LINEAR)
+    run, start = small_run(cfg, [range(10)], model=linear())
+    run = replace(run, model=Narrow(run.model, 0))
+    with pytest.warns(UserWarning), pytest.raises(torch.OutOfMemoryError):
+        utils.client_update(run, start, 0, 0.1)
