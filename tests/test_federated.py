@@ -565,5 +565,5 @@ def test_a_device_without_room_for_one_image_says_so(plain):
     cfg = Config(num_clients=1, **LINEAR)
     run, start = small_run(cfg, [range(10)], model=linear())
     run = replace(run, model=Narrow(run.model, 0))
-    with pytest.warns(UserWarning), pytest.raises(torch.OutOfMemoryError):
+    with pytest.warns(UserWarning, match="in 16 parts"), pytest.raises(torch.OutOfMemoryError):
         utils.client_update(run, start, 0, 0.1)
