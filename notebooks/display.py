@@ -271,6 +271,12 @@ class Panel:
         return {name: self.options[name][control.index] if name in self.options else control.value
                 for name, control in self.controls.items()}
 
+    def told(self) -> str:
+        """The choice in words."""
+        return ", ".join(f"{control.description} {control.label if name in self.options else v}"
+                         for (name, v), control in zip(self.chosen().items(),
+                                                       self.controls.values(), strict=True))
+
     @property
     def cfg(self) -> Config:
         values = self.chosen()
@@ -285,7 +291,7 @@ class Panel:
         try:
             cfg = self.cfg
             found = progress(cfg, self.store)
-            text = describe(cfg, found)
+            text = f"{self.told()}: {describe(cfg, found)}"
             self.picture.value = curve(cfg, found)
         except ValueError as error:
             text, self.picture.value = f"This cannot be run: {error}", ""
@@ -303,7 +309,7 @@ class Panel:
         body = shown.rename(columns=LABELS | {"val": "validation (%)", "test": "test (%)"}).to_html(
             index=False, float_format="{:.4g}".format, na_rep="–", border=0)
         self.table.value = ('<div style="max-height:14em;overflow:auto" tabindex="0" role="region" '
-                            f'aria-label="Stored runs">{len(runs)} runs are stored{body}</div>')
+                            f'aria-label="Stored runs">Stored runs: {len(runs)}{body}</div>')
 
     def run(self, test: bool = True):
         """Trains what is missing of the chosen run. Stop the cell at will; rerun it to go on."""
@@ -313,9 +319,7 @@ class Panel:
         print(describe(self.cfg, progress(self.cfg, self.store)))
 
     def _ipython_display_(self):
-        box = widgets.Layout(flex_flow="row wrap")
-        display(widgets.VBox([widgets.HBox(list(self.controls.values()), layout=box), self.status,
-                              self.picture, self.table]))
+        display(widgets.VBox([*self.controls.values(), self.status, self.picture, self.table]))
 
 
 def panel(make: Callable[..., Config], first: dict, drive: Path | None = None, **options) -> Panel:
@@ -332,9 +336,9 @@ def panel(make: Callable[..., Config], first: dict, drive: Path | None = None, *
         label, value = LABELS.get(name, name), first.get(name, values[0])
         controls[name] = widgets.BoundedIntText(
             value, min=values[0], max=values[-1], description=label, style=style) if isinstance(
-            values, range) else widgets.Dropdown(
+            values, range) else widgets.ToggleButtons(  # JupyterLab takes a Dropdown's arrow keys
             options=[NONE.get(name, "none") if v is None else str(v) for v in values],
-            index=values.index(value), description=label, style=style)
+            index=values.index(value), description=label, style=style | {"button_width": "auto"})
     menus = {n: v for n, v in options.items() if not isinstance(v, range)}
     made = Panel(make, drive, menus, controls, *(widgets.HTML() for _ in range(3)))
     for name, control in controls.items():
@@ -372,9 +376,10 @@ def curve(cfg: Config, found: dict) -> str:
     fig = Figure((COLUMN, 1.8))
     ax = fig.subplots()
     ax.plot(*zip(*points, strict=True), marker="o")
+    ax.xaxis.get_major_locator().set_params(integer=True)
     ax.set(xlabel=unit, ylabel="validation top-1 (%)", xlim=(0, cfg.length * 1.02))
     fig.text(0.5, 0.5, "\n".join(NOTES), c="red", alpha=0.4, size=14, ha="center")
     fig.savefig(content := io.BytesIO(), format="png")
     said = ", ".join(f"{y:.1f} % at {unit} {x}" for x, y in points)
-    return (f'<img alt="Validation accuracy of {run_name(cfg)}: {said}" style="max-width:100%" '
+    return (f'<img alt="Validation accuracy of {run_name(cfg)}: {said}" style="width:28em" '
             f'src="data:image/png;base64,{base64.b64encode(content.getvalue()).decode()}">')

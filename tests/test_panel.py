@@ -68,7 +68,8 @@ def test_choosing_starts_no_work(small, monkeypatch):
 
 def test_the_status_follows_the_choice_and_is_announced(small):
     chosen = panel(small, dict(local_steps=2), **OPTIONS)
-    assert shown(chosen).startswith('<div role="status">0 of 4 rounds stored')
+    assert shown(chosen).startswith('<div role="status">Preset full, Classes per client, Nc IID, '
+                                    'Local steps, J 2, Seed 0: 0 of 4 rounds stored')
     result = train(chosen.cfg, chosen.store)
     chosen.controls["seed"].value = 1
     assert "0 of 4" in shown(chosen)
@@ -112,9 +113,9 @@ def test_running_stops_cleanly_and_goes_on(small, monkeypatch, capsys):
 
 def test_the_stored_runs_are_listed(small):
     chosen = panel(small, {}, **OPTIONS)
-    assert "0 runs are stored" in chosen.table.value
+    assert "Stored runs: 0" in chosen.table.value
     chosen.run()
-    assert "1 runs are stored" in chosen.table.value
+    assert "Stored runs: 1" in chosen.table.value
     assert "Local steps, J" in chosen.table.value
     assert "IID" in chosen.table.value
 
@@ -170,7 +171,7 @@ def test_only_what_every_ipywidgets_has(small):
     """Colab has ipywidgets 7.7.1: menus, number fields, HTML and boxes, and plain arguments."""
     chosen = panel(small, {}, **OPTIONS)
     kinds = {type(c) for c in chosen.controls.values()}
-    assert kinds <= {widgets.Dropdown, widgets.BoundedIntText}
+    assert kinds <= {widgets.ToggleButtons, widgets.BoundedIntText}
 
 
 # ------------------------------------------------------------------ plans

@@ -1,0 +1,180 @@
+"""A person at the panel: notebook 03 in JupyterLab, driven through a real browser (`make browser`).
+
+Skipped where Chromium, Playwright or JupyterLab is missing; screenshots are left in
+results/demo/browser to be looked at.
+"""
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.browser
+sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
+pytest.importorskip("jupyterlab", reason="JupyterLab is not installed")
+
+ROOT = Path(__file__).resolve().parent.parent
+SHOTS = ROOT / "results" / "demo" / "browser"
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+         "--disable-background-networking", "--disable-component-update"]
+SETTINGS = {  # no cell may leave the page when it scrolls out of view
+    "notebook-extension/tracker": '{"windowingMode": "none"}',
+    "apputils-extension/notification": '{"fetchNews": "false", "checkForUpdates": false}'}
+# The runs of the demo take seconds: while the file exists each step waits, so one can be stopped
+SLOW = """
+import os, time, torch
+_step = torch.optim.SGD.step
+def step(self, closure=None):
+    time.sleep(0.3 if os.path.exists(os.environ["SLOW"]) else 0)
+    return _step(self, closure)
+torch.optim.SGD.step = step
+"""
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    """JupyterLab on a copy of the project; gives its address and its folder."""
+    home = tmp_path_factory.mktemp("lab")
+    for name in ("notebooks", "weights"):
+        shutil.copytree(ROOT / name, home / name)
+    shutil.copy(ROOT / "utils.py", home)
+    for name, text in SETTINGS.items():
+        path = home / "config/lab/user-settings/@jupyterlab" / f"{name}.jupyterlab-settings"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    startup = home / "ipython/profile_default/startup/slow.py"
+    startup.parent.mkdir(parents=True)
+    startup.write_text(SLOW)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    address = f"http://127.0.0.1:{port}"
+# Runs of the demo take seconds: while the file exists each step waits, so one can be stopped
+                            JUPYTER_CONFIG_DIR=str(home / "config"),
+                            RESULTS_DIR=str(home / "results"))
+    env["DATA_DIR"] = str(Path(env.get("DATA_DIR") or ROOT / "data").absolute())
+    server = subprocess.Popen(
+        [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--port={port}",
+         "--IdentityProvider.token=", f"--ServerApp.root_dir={home}",
+         f"--LabApp.workspaces_dir={home / 'workspaces'}"],
+        env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        for _ in range(120):
+            try:
+                urllib.request.urlopen(f"{address}/api/status", timeout=5)
+                break
+            except OSError:
+                time.sleep(0.5)
+        yield address, home
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+@pytest.fixture(scope="module")
+def page(lab, tmp_path_factory):
+    if CHROMIUM is None:
+        pytest.skip("there is no Chromium: apt-get install chromium")
+    with sync_api.sync_playwright() as play:
+        browser = play.chromium.launch_persistent_context(
+            tmp_path_factory.mktemp("profile"), executable_path=CHROMIUM, args=FLAGS,
+            viewport={"width": 1280, "height": 1400})
+        page = browser.pages[0]
+        page.set_default_timeout(60_000)
+        yield page
+        browser.close()
+
+
+def shoot(page, name: str):
+    SHOTS.mkdir(parents=True, exist_ok=True)
+    page.screenshot(path=SHOTS / f"{name}.png")
+
+
+def cell(page, code: str):
+    """The code cell whose source is exactly `code`."""
+    return page.locator(".jp-CodeCell").filter(has=page.locator(
+        ".jp-InputArea-editor .cm-content", has_text=re.compile(rf"^{re.escape(code)}$")))
+
+
+def wait_idle(page, seconds: int):
+    """Until every cell that was queued has run: none shows [*]."""
+    page.wait_for_function(
+        """() => ![...document.querySelectorAll('.jp-InputPrompt')]
+                 .some(p => p.textContent.includes('*'))""", timeout=1000 * seconds)
+
+
+def choose(page, label: str, option: str):
+    """Changes a choice as one does without a mouse: by Tab to the first button, on, and Space."""
+    row = page.locator(".widget-toggle-buttons").filter(has_text=label)
+    row.get_by_role("button").first.focus()
+    while page.evaluate("document.activeElement.textContent").strip() != option:
+        page.keyboard.press("Tab")
+    page.keyboard.press("Space")
+
+
+def test_a_person_at_the_panel(lab, page):
+    address, home = lab
+    page.goto(f"{address}/lab/tree/notebooks/03_noniid_grid.ipynb")
+    page.wait_for_selector(".jp-NotebookPanel .jp-CodeCell")
+    page.get_by_text("Python 3", exact=False).first.wait_for()
+    shoot(page, "1_opened")
+
+    # Run all
+    page.get_by_role("menuitem", name="Run", exact=True).click()
+    page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+    run_cell = cell(page, "chosen_run.run()")
+    page.get_by_role("status").filter(has_text="rounds stored").wait_for(timeout=240_000)
+    wait_idle(page, 900)
+    assert page.locator(".jp-RenderedText[data-mime-type='application/vnd.jupyter.stderr']").filter(
+        has_text="Traceback").count() == 0
+    status = page.get_by_role("status").filter(has_text="rounds stored")
+    assert "4 of 4 rounds stored, nothing to run" in status.inner_text()
+    status.scroll_into_view_if_needed()
+    shoot(page, "2_run_all")
+
+    # choose by keyboard: the line follows, nothing runs
+    before = len(list(home.glob("results/**/*.json")))
+    choose(page, "Local steps, J", "8")
+    status.filter(has_text="2 of 2 rounds stored").wait_for()
+    choose(page, "Classes per client, Nc", "1")
+    choose(page, "Local steps, J", "4")
+    status.filter(has_text="4 of 4 rounds stored").wait_for()
+    page.get_by_label("Seed").fill("7")
+    page.keyboard.press("Tab")
+    status.filter(has_text="0 of 4 rounds stored, will run 4").wait_for()
+    assert len(list(home.glob("results/**/*.json"))) == before
+    status.scroll_into_view_if_needed()
+    shoot(page, "3_chosen")
+
+    # run, stop midway, run again
+    (home / "slow").touch()
+    run_cell.locator(".jp-InputArea-editor").click()
+    page.keyboard.press("Control+Enter")
+    run_cell.get_by_text("1/4").first.wait_for()
+    page.get_by_role("menuitem", name="Kernel", exact=True).click()
+    page.get_by_role("menuitem", name="Interrupt Kernel").click()
+    wait_idle(page, 60)
+    assert "run this cell again" in run_cell.inner_text()
+    assert "KeyboardInterrupt" not in run_cell.inner_text()
+    stopped = status.inner_text()
+    done = int(re.search(r"(\d) of 4 rounds stored, will run", stopped).group(1))
+    assert 1 <= done <= 3
+    status.scroll_into_view_if_needed()
+    shoot(page, "4_stopped")
+
+    (home / "slow").unlink()
+    run_cell.locator(".jp-InputArea-editor").click()
+    page.keyboard.press("Control+Enter")
+    status.filter(has_text="4 of 4 rounds stored, nothing to run").wait_for(timeout=120_000)
+    wait_idle(page, 60)
+    status.scroll_into_view_if_needed()
+    shoot(page, "5_continued")
+    picture = page.get_by_role("img", name=re.compile("Validation accuracy of fedavg_nc1_J4"))
+    assert "round 4" in picture.get_attribute("alt")
