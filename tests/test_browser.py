@@ -56,7 +56,8 @@ def lab(tmp_path_factory):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     address = f"http://127.0.0.1:{port}"
-# Runs of the demo take seconds: while the file exists each step waits, so one can be stopped
+    env = os.environ | dict(PRESET="demo", SLOW=str(home / "slow"),
+                            IPYTHONDIR=str(home / "ipython"),
                             JUPYTER_CONFIG_DIR=str(home / "config"),
                             RESULTS_DIR=str(home / "results"))
     env["DATA_DIR"] = str(Path(env.get("DATA_DIR") or ROOT / "data").absolute())
