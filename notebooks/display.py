@@ -266,6 +266,7 @@ class Panel:
     status: widgets.HTML
     picture: widgets.HTML
     table: widgets.HTML
+    listed: list[str] | None = None  # the results in the table
 
     def chosen(self) -> dict:
         return {name: self.options[name][control.index] if name in self.options else control.value
@@ -273,9 +274,8 @@ class Panel:
 
     def told(self) -> str:
         """The choice in words."""
-        return ", ".join(f"{control.description} {control.label if name in self.options else v}"
-                         for (name, v), control in zip(self.chosen().items(),
-                                                       self.controls.values(), strict=True))
+        return " · ".join(f"{c.description}: {c.label if name in self.options else c.value}"
+                          for name, c in self.controls.items())
 
     @property
     def cfg(self) -> Config:
@@ -288,18 +288,21 @@ class Panel:
 
     def look(self, change=None):
         """Shows what is stored of the choice; a choice that cannot be is told, not raised."""
+        if self.listed != self.store.names("*.json"):
+            self.tabulate()
         try:
             cfg = self.cfg
             found = progress(cfg, self.store)
-            text = f"{self.told()}: {describe(cfg, found)}"
+            text = f"{self.told()} — {describe(cfg, found)}"
             self.picture.value = curve(cfg, found)
         except ValueError as error:
             text, self.picture.value = f"This cannot be run: {error}", ""
         self.status.value = f'<div role="status">{html.escape(text)}</div>'
 
-    def tabulate(self, change=None):
+    def tabulate(self):
         """Lists the stored runs, and learns from them how long a step takes here."""
-        results = [json.loads(self.store.read(n)) for n in self.store.names("*.json")]
+        self.listed = self.store.names("*.json")
+        results = [json.loads(self.store.read(n)) for n in self.listed]
         for result in results:
             cfg, rounds = Config(**result["config"]), len(result["history"])
             if result["hardware"] == hardware() and cfg.local_steps and rounds:
@@ -314,7 +317,6 @@ class Panel:
     def run(self, test: bool = True):
         """Trains what is missing of the chosen run. Stop the cell at will; rerun it to go on."""
         train_all([self.cfg], self.store, test)
-        self.tabulate()
         self.look()
         print(describe(self.cfg, progress(self.cfg, self.store)))
 
@@ -342,10 +344,7 @@ def panel(make: Callable[..., Config], first: dict, drive: Path | None = None, *
     menus = {n: v for n, v in options.items() if not isinstance(v, range)}
     made = Panel(make, drive, menus, controls, *(widgets.HTML() for _ in range(3)))
     for name, control in controls.items():
-        if name == "preset":
-            control.observe(made.tabulate, "index")
         control.observe(made.look, "index" if name in menus else "value")
-    made.tabulate()
     made.look()
     return made
 
