@@ -317,7 +317,7 @@ def cohort(num_clients: int, share: float, *key) -> np.ndarray:
 
 def batches(run: Run, order: np.ndarray, draw: np.random.Generator):
     """The images of `order` (indices) in augmented batches of B, with their labels."""
-    index = torch.from_numpy(order).to(run.data.images.device)
+    index = torch.from_numpy(order).to(run.data.images.device, non_blocking=True)
     for i in range(0, len(order), run.cfg.batch_size):
         batch = index[i:i + run.cfg.batch_size]
         yield augment(run.data.images[batch], draw), run.data.labels[batch]
@@ -392,12 +392,13 @@ def federated_round(run: Run, state: State) -> State:
     fedexp = squares.mean() / (2 * (squared_norm(mean) + 1e-12))  # Jhunjhunwala et al. 2023, eq. 8
     params, memory = server_step(cfg, state.params, mean, fedexp.clamp(min=1), memory)
     norms = torch.stack([squares.mean().sqrt(), squared_norm(mean).sqrt(), fedexp])
-    losses, norms = losses.tolist(), norms.tolist()  # the round's only wait for the device
-    watched = dict(zip(clients, losses, strict=True)) | {"norm of the task vectors": norms[0]}
+    # the round's only wait for the device:
+    *losses, client_norm, mean_norm, step = torch.cat([losses, norms]).tolist()
+    watched = dict(zip(clients, losses, strict=True)) | {"norm of the task vectors": client_norm}
     refuse_divergence(cfg, watched, state.round + 1, lr)
     sent = 4 * len(clients) * (1 + (cfg.algorithm == "scaffold"))  # bytes of an entry, in float32
     row = dict(round=state.round + 1, lr=lr, train_loss=sum(losses) / len(losses),
-               client_norm=norms[0], mean_norm=norms[1], fedexp_step=norms[2],
+               client_norm=client_norm, mean_norm=mean_norm, fedexp_step=step,
                bytes_up=sent * run.free, bytes_down=sent * run.free,
                bytes_dense=sent * sum(p.numel() for p in run.model.parameters()))
     return replace(state, params=params, memory=memory, round=row["round"],
