@@ -305,6 +305,11 @@ class Run:
         return sum(int(c.sum()) for c in self.mask.values()) if self.mask else sum(
             p.numel() for p in self.trained.values())
 
+    @cached_property
+    def factors(self) -> Params | None:
+        """The mask as 0 and 1 in the weights' type, made once for all clients."""
+        return self.mask and {n: self.mask[n].to(p) for n, p in self.trained.items()}
+
     def load(self, params: Params):
         torch._foreach_copy_([p.data for p in self.trained.values()],
                              [params[n] for n in self.trained])
@@ -359,7 +364,7 @@ def client_update(run: Run, state: State, k: int, lr: float) -> tuple[Params, Te
             torch._foreach_sub_(grads, own)
 
     run.load(state.params)
-    opt = SparseSGDM(run.trained.items(), lr, cfg.momentum, cfg.weight_decay, mask=run.mask)
+    opt = SparseSGDM(run.trained.items(), lr, cfg.momentum, cfg.weight_decay, mask=run.factors)
     draw, need = rng("client", cfg.seed, state.round, k), cfg.local_steps * cfg.batch_size
     passes = [draw.permutation(run.shards[k]) for _ in range(-(-need // len(run.shards[k])))]
     for images, labels in batches(run, np.concatenate([*passes, run.shards[k]])[:need], draw):
@@ -465,7 +470,7 @@ def centralized_epoch(run: Run, state: State) -> State:
     """One epoch over the training part, momentum carried on; the rate is set at every step."""
     cfg, draw = run.cfg, rng("epoch", run.cfg.seed, state.round)
     run.load(state.params)
-    opt = SparseSGDM(run.trained.items(), cfg.lr, cfg.momentum, cfg.weight_decay, mask=run.mask)
+    opt = SparseSGDM(run.trained.items(), cfg.lr, cfg.momentum, cfg.weight_decay, mask=run.factors)
     for n, buffer in state.memory.get("momentum", {}).items():
         opt.state[run.trained[n]]["momentum_buffer"] = buffer.clone()
     steps, loss = math.ceil(len(run.data.train) / cfg.batch_size), 0.0

@@ -164,7 +164,7 @@ def main(args):
     plan = [(size(MINI, 10, dict(local_steps=4), full), (500, 64, 8)),
             (size(replace(VITS, image_size=64), 2, full | dict(batch_size=32), full), (64, 16, 8)),
             (size(replace(VITS, image_size=96), 2, full | dict(batch_size=16), full), (32, 0, 8)),
-            (size(replace(VITS, image_size=224), 2, full | dict(batch_size=8), full), (8, 0, 8))]
+            (size(replace(VITS, image_size=224), 2, full | dict(batch_size=4), full), (8, 0, 8))]
     if args.quick:
         plan = [(replace(plan[0][0], participation=0.02), (4, 4, 2))]
     rows = []
