@@ -32,19 +32,24 @@ def kept(text: str, images: str) -> tuple:
     return cfg, build_model(cfg), plain_images(data, cfg.image_size), shards
 
 
+def answer(asked: RecordDict, partition: int, text: str, images: str) -> RecordDict:
+    """A client's weights and mean loss after local training from the weights it is sent."""
+    cfg, model, dataset, shards = kept(text, images)
+    model.load_state_dict(asked["arrays"].to_torch_state_dict())
+    own = Subset(dataset, shards[partition])
+    loader = DataLoader(own, cfg.batch_size, shuffle=True)
+    weights, loss = local_training(model, loader, cfg, asked["config"]["lr"])
+    found = MetricRecord({"train_loss": loss, "num-examples": len(own)})
+    return RecordDict({"arrays": ArrayRecord(weights), "metrics": found})
+
+
 def client(text: str, images: str) -> ClientApp:
     app = ClientApp()
 
     @app.train()
     def train(message, context):
-        cfg, model, dataset, shards = kept(text, images)
-        model.load_state_dict(message.content["arrays"].to_torch_state_dict())
-        own = Subset(dataset, shards[context.node_config["partition-id"]])
-        loader = DataLoader(own, cfg.batch_size, shuffle=True)
-        weights, loss = local_training(model, loader, cfg, message.content["config"]["lr"])
-        found = MetricRecord({"train_loss": loss, "num-examples": len(own)})
-        return Message(RecordDict({"arrays": ArrayRecord(weights), "metrics": found}),
-                       reply_to=message)
+        partition = context.node_config["partition-id"]
+        return Message(answer(message.content, partition, text, images), reply_to=message)
     return app
 
 

@@ -1,7 +1,7 @@
 """The benchmarks run, write numbers that are numbers, and measure the workload they name."""
 import json
 import math
-import subprocess
+import runpy
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -59,7 +59,6 @@ def quick(monkeypatch, script, folder):
                "bf16, over float32"})])
 def test_a_script_writes_finite_ratios(monkeypatch, capsys, tmp_path, script, whats):
     monkeypatch.setitem(utils.ARCHS, "mini", utils.ARCHS["mini"] | dict(depth=1))
-    monkeypatch.setattr(common, "MINI", None)  # scripts took theirs at import: this one is unused
     monkeypatch.setattr(script, "MINI", replace(script.MINI, weights="none"))
     quick(monkeypatch, script, tmp_path)
     found = written(capsys, tmp_path, Path(script.__file__).stem)
@@ -67,24 +66,20 @@ def test_a_script_writes_finite_ratios(monkeypatch, capsys, tmp_path, script, wh
     assert {row["what"] for row in found["rows"]} == whats
 
 
-def test_the_plain_loop_is_measured_from_the_command_line(tmp_path):
-    """One script as it is called, with processes of its own for the peaks."""
-    done = subprocess.run([sys.executable, str(FOLDER / "against_naive.py"), "--quick", "--pairs",
-                           "1", "--out", str(tmp_path)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "against_naive_cpu.json").read_bytes())
+def test_the_plain_loop_is_measured_with_processes_for_the_peaks(monkeypatch, capsys, tmp_path):
+    quick(monkeypatch, against_naive, tmp_path)
+    found = written(capsys, tmp_path, "against_naive")
     check_rows(found)
     assert [row["what"] for row in found["rows"]] == ["round", "round", "overhead", "peak memory"]
 
 
-@pytest.mark.parametrize(("script", "says"), [("gpu", "no GPU"), ("against_flower", "flwr")])
-def test_what_is_missing_is_said_and_is_no_failure(tmp_path, script, says):
-    hidden = "import sys; sys.modules['flwr'] = None; sys.argv = sys.argv[1:]\n" \
-             "import runpy; runpy.run_path(sys.argv[0], run_name='__main__')"
-    done = subprocess.run([sys.executable, "-c", hidden, str(FOLDER / f"{script}.py"), "--quick",
-                           "--out", str(tmp_path)], capture_output=True, text=True, cwd=FOLDER)
-    assert done.returncode == 0, done.stderr
-    assert says in done.stdout
+@pytest.mark.parametrize(("script", "says"), [("gpu", "no GPU"), ("against_flower", "pip install")])
+def test_what_is_missing_is_said_and_is_no_failure(monkeypatch, capsys, tmp_path, script, says):
+    monkeypatch.setitem(sys.modules, "flwr", None)  # as if it were not installed
+    path = FOLDER / f"{script}.py"
+    monkeypatch.setattr(sys, "argv", [str(path), "--quick", "--out", str(tmp_path)])
+    runpy.run_path(str(path), run_name="__main__")
+    assert says in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
 
 
@@ -132,6 +127,26 @@ def test_scores_by_vmap_are_the_sensitivity(small):
     assert ours.keys() == vmap.keys()
     for n in ours:
         torch.testing.assert_close(ours[n], vmap[n], rtol=1e-3, atol=1e-9)
+
+
+def test_the_flower_client_trains_what_the_plain_loop_trains(monkeypatch, tmp_path):
+    pytest.importorskip("flwr")
+    import flower_app
+    from flwr.app import ArrayRecord, ConfigRecord, RecordDict
+    cfg = replace(common.MINI, weights="none", num_clients=2, local_steps=0)
+    against_flower = pytest.importorskip("against_flower")
+    text, images = common.as_text(cfg), against_flower.write_images(cfg, str(tmp_path))
+    weights = {n: w + 1 for n, w in utils.build_model(cfg).state_dict().items()}
+    content = {"arrays": ArrayRecord(weights), "config": ConfigRecord({"lr": 0.1})}
+    reply = flower_app.answer(RecordDict(content), 1, text, images)
+    _, _, dataset, shards = flower_app.kept(text, images)
+    flower_app.kept.cache_clear()
+    run, _ = common.start(cfg)
+    assert all((a == b).all() for a, b in zip(shards, run.shards, strict=True))
+    assert (dataset.data == run.data.images.permute(0, 2, 3, 1).numpy()).all()
+    assert reply["metrics"]["num-examples"] == len(run.shards[1])
+    back = reply["arrays"].to_torch_state_dict()
+    assert all(torch.equal(back[n], weights[n]) for n in weights)
 
 
 # ------------------------------------------------------------------ timing and the GPU's functions
