@@ -133,17 +133,18 @@ def rows_of(cfg: Config, images: str, pairs: int, what: str) -> list[dict]:
 
 
 def main(args):
-    ten = sized(args.quick, replace(VITS, image_size=64), 10, dict(local_steps=4, batch_size=16),
-                dict(local_steps=4, batch_size=64))
+    four = sized(args.quick, replace(VITS, image_size=64, precision="float32"), 4,
+                 dict(local_steps=4, batch_size=16), dict(local_steps=4, batch_size=64))
     if args.quick:
-        ten = replace(ten, weights="mini", arch="mini", image_size=32, num_clients=4,
-                      participation=0.5)
+        four = replace(four, weights="mini", arch="mini", image_size=32, num_clients=4,
+                       participation=0.5)
     with tempfile.TemporaryDirectory() as folder:
-        images = write_images(ten, folder)
-        rows = rows_of(ten, images, args.pairs, "round")
+        images = write_images(four, folder)
+        rows = rows_of(four, images, args.pairs, "round")
         if not args.quick:
-            rows += rows_of(replace(ten, local_steps=0), images, args.pairs, "overhead")
-            light = replace(ten, local_steps=1, batch_size=4)
+            none = replace(four, participation=0.1, local_steps=0)
+            rows += rows_of(none, images, args.pairs, "overhead")
+            light = replace(none, local_steps=1, batch_size=4)
             found = {side: peak_of(light, images, side) for side in ("ours", "flower")}
             rows.append(dict(what="peak memory", **describe(light), unit="MB", **found,
                              ratio=found["ours"] / found["flower"]))

@@ -128,8 +128,9 @@ def one_side(side: str, cfg: Config):
 
 
 def main(args):
-    full, small = dict(local_steps=4, batch_size=64), replace(VITS, image_size=64)
-    mini = sized(args.quick, MINI, 10, dict(local_steps=4), full)
+    full = dict(local_steps=4, batch_size=64)
+    small = replace(VITS, image_size=64, precision="float32")
+    mini = sized(args.quick, replace(MINI, precision="float32"), 10, dict(local_steps=4), full)
     vits = sized(args.quick, small, 4, full | dict(batch_size=16), full | dict(image_size=224))
     cohort_of_ten = sized(args.quick, small, 10, dict(batch_size=4, local_steps=1), {})
     if args.quick:
