@@ -31,7 +31,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Subset
 from torchvision import transforms
 
-from utils import Config, Data, Run, State, cohort, device, federated_round, learning_rate
+from utils import Config, Data, Run, cohort, device, federated_round, learning_rate
 
 
 # ------------------------------------------------------------------ the plain loop
@@ -98,16 +98,15 @@ def plain_round(model, images: Images, run: Run, t: int):
 
 
 # ------------------------------------------------------------------ measurements
-def both(run: Run, state: State) -> dict:
-    """One round of each, ready to be timed."""
+def plain_side(run: Run):
+    """The plain loop's round, ready to be timed."""
     model, images = copy.deepcopy(run.model), plain_images(run.data, run.cfg.image_size)
-    return dict(ours=lambda: federated_round(run, state),
-                plain=lambda: plain_round(model, images, run, 0))
+    return lambda: plain_round(model, images, run, 0)
 
 
 def time_of(cfg: Config, what: str, pairs: int) -> dict:
     run, state = start(cfg)
-    times = in_turns(pairs, **both(run, state))
+    times = in_turns(pairs, ours=lambda: federated_round(run, state), plain=plain_side(run))
     return dict(what=what, **describe(cfg), **compare(times, "ours", "plain"))
 
 
@@ -121,7 +120,7 @@ def peak_of(cfg: Config) -> dict:
 def one_side(side: str, cfg: Config):
     """Prints the peak memory of one round of one side."""
     run, state = start(cfg)
-    work = both(run, state)[side]
+    work = plain_side(run) if side == "plain" else lambda: federated_round(run, state)
     forget_peak()
     work()
     print(json.dumps(dict(peak=peak())))
@@ -143,8 +142,8 @@ def main(args):
 
 
 if __name__ == "__main__":
-    options_ = options(__doc__, side="", config="")
-    if options_.side:
-        one_side(options_.side, Config(**json.loads(options_.config)))
+    args = options(__doc__, side="", config="")
+    if args.side:
+        one_side(args.side, Config(**json.loads(args.config)))
     else:
-        main(options_)
+        main(args)
