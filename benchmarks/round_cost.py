@@ -162,9 +162,9 @@ def main(args):
     on_gpu = torch.cuda.is_available()
     passes = 8 if on_gpu else 2
     plan = [(size(MINI, 10, dict(local_steps=4), full), (500, 64, 8)),
-            (size(replace(VITS, image_size=64), 2, full | dict(batch_size=32), full), (64, 16, 8)),
-            (size(replace(VITS, image_size=96), 2, full | dict(batch_size=16), full), (32, 0, 8)),
-            (size(replace(VITS, image_size=224), 2, full | dict(batch_size=4), full), (8, 0, 8))]
+            (size(replace(VITS, image_size=64), 1, full | dict(batch_size=32), full), (64, 16, 8)),
+            (size(replace(VITS, image_size=96), 1, full | dict(batch_size=16), full), (32, 0, 8)),
+            (size(replace(VITS, image_size=224), 1, full | dict(batch_size=4), full), (8, 0, 8))]
     if args.quick:
         plan = [(replace(plan[0][0], participation=0.02), (4, 4, 2))]
     rows = []
@@ -172,8 +172,9 @@ def main(args):
         cfg = replace(cfg, participation=0.1) if on_gpu else cfg
         batch, images, chunk = (500, 256, 32) if on_gpu and not args.quick else (
             batch, images, chunk)
-        rows += rows_of(cfg, args, passes, batch, images, chunk)
-        print(f"measured: {describe(cfg)}", flush=True)
+        found = rows_of(cfg, args, passes, batch, images, chunk)
+        print(*found, sep="\n", flush=True)  # it takes minutes: something to read on the way
+        rows += found
     rows.append(overhead_row(plan[0][0] if args.quick else replace(
         VITS, image_size=64, participation=0.1), args.pairs))
     report(__file__, args, rows)
