@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,10 +39,14 @@ def simulate(cfg: Config, images: str, rounds: int, between):
     from flwr.simulation import run_simulation
     cores, gpus = torch.get_num_threads(), torch.cuda.device_count()
     resources = {"num_cpus": 1, "num_gpus": gpus / cores}
-    run_simulation(flower_app.server(cfg, rounds, between), flower_app.client(as_text(cfg), images),
-                   num_supernodes=cfg.num_clients, backend_config={
-                       "init_args": {"num_cpus": cores, "num_gpus": gpus, "log_to_driver": False},
-                       "client_resources": resources})
+    config = {"init_args": {"num_cpus": cores, "num_gpus": gpus, "log_to_driver": False},
+              "client_resources": resources}
+    try:
+        run_simulation(flower_app.server(cfg, rounds, between), flower_app.client(
+            as_text(cfg), images), num_supernodes=cfg.num_clients, backend_config=config)
+    except Exception:  # the server's thread would wait for clients for ever
+        traceback.print_exc()
+        os._exit(1)
 
 
 # ------------------------------------------------------------------ measurements
@@ -128,8 +133,10 @@ def one_side(side: str, cfg: Config, images: str):
 def rows_of(cfg: Config, images: str, pairs: int, what: str) -> list[dict]:
     times, begin = times_of(cfg, images, pairs)
     words = describe(cfg)
-    return [dict(what=what, **words, **compare(times, "ours", "flower")),
+    rows = [dict(what=what, **words, **compare(times, "ours", "flower")),
             dict(what=f"{what}: start", **words, unit="s", flower=begin)]
+    print(*rows, sep="\n", flush=True)
+    return rows
 
 
 def main(args):
@@ -140,10 +147,10 @@ def main(args):
                        participation=0.5)
     with tempfile.TemporaryDirectory() as folder:
         images = write_images(four, folder)
-        rows = rows_of(four, images, args.pairs, "round")
+        none = four if args.quick else replace(four, participation=0.1)
+        rows = rows_of(replace(none, local_steps=0), images, args.pairs, "overhead")
         if not args.quick:
-            none = replace(four, participation=0.1, local_steps=0)
-            rows += rows_of(none, images, args.pairs, "overhead")
+            rows += rows_of(four, images, args.pairs, "round")
             light = replace(none, local_steps=1, batch_size=4)
             found = {side: peak_of(light, images, side) for side in ("ours", "flower")}
             rows.append(dict(what="peak memory", **describe(light), unit="MB", **found,
