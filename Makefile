@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON := $(VENV)/bin/python
 export DATA_DIR ?= $(CURDIR)/data
 
-.PHONY: demo test lint figures clean
+.PHONY: demo test lint figures bench clean
 
 $(VENV)/installed: requirements.txt
 	python3 -m venv $(VENV)
@@ -16,6 +16,11 @@ demo: $(VENV)/installed  ## all notebooks in the demo preset, on a CPU in minute
 
 figures: $(VENV)/installed  ## figures/ again from results/, training nothing
 	PRESET=$(or $(PRESET),small) TRAIN=no $(PYTHON) tests/run_notebooks.py
+
+bench: $(VENV)/installed  ## speed and memory as ratios, into benchmarks/results/
+	-$(VENV)/bin/pip install --quiet --disable-pip-version-check "flwr[simulation]==1.41.0"
+	for script in round_cost against_naive scaling gpu against_flower; do \
+		$(PYTHON) benchmarks/$$script.py || exit 1; done
 
 test: $(VENV)/installed lint
 	$(PYTHON) -m pytest

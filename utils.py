@@ -306,6 +306,11 @@ class Run:
         return sum(int(c.sum()) for c in self.mask.values()) if self.mask else sum(
             p.numel() for p in self.trained.values())
 
+    @cached_property
+    def factors(self) -> Params | None:
+        """The mask as 0 and 1 in the weights' type, made once for all clients."""
+        return self.mask and {n: self.mask[n].to(p) for n, p in self.trained.items()}
+
     def load(self, params: Params):
         torch._foreach_copy_([p.data for p in self.trained.values()],
                              [params[n] for n in self.trained])
@@ -318,7 +323,7 @@ def cohort(num_clients: int, share: float, *key) -> np.ndarray:
 
 def batches(run: Run, order: np.ndarray, draw: np.random.Generator):
     """The images of `order` (indices) in augmented batches of B, with their labels."""
-    index = torch.from_numpy(order).to(run.data.images.device)
+    index = torch.from_numpy(order).to(run.data.images.device, non_blocking=True)
     for i in range(0, len(order), run.cfg.batch_size):
         batch = index[i:i + run.cfg.batch_size]
         yield augment(run.data.images[batch], draw), run.data.labels[batch]
@@ -377,7 +382,7 @@ def client_update(run: Run, state: State, k: int, lr: float) -> tuple[Params, Te
             torch._foreach_sub_(grads, own)
 
     run.load(state.params)
-    opt = SparseSGDM(run.trained.items(), lr, cfg.momentum, cfg.weight_decay, mask=run.mask)
+    opt = SparseSGDM(run.trained.items(), lr, cfg.momentum, cfg.weight_decay, mask=run.factors)
     draw, need = rng("client", cfg.seed, state.round, k), cfg.local_steps * cfg.batch_size
     passes = [draw.permutation(run.shards[k]) for _ in range(-(-need // len(run.shards[k])))]
     for images, labels in batches(run, np.concatenate([*passes, run.shards[k]])[:need], draw):
@@ -410,12 +415,13 @@ def federated_round(run: Run, state: State) -> State:
     fedexp = squares.mean() / (2 * (squared_norm(mean) + 1e-12))  # Jhunjhunwala et al. 2023, eq. 8
     params, memory = server_step(cfg, state.params, mean, fedexp.clamp(min=1), memory)
     norms = torch.stack([squares.mean().sqrt(), squared_norm(mean).sqrt(), fedexp])
-    losses, norms = losses.tolist(), norms.tolist()  # the round's only wait for the device
-    watched = dict(zip(clients, losses, strict=True)) | {"norm of the task vectors": norms[0]}
+    # the round's only wait for the device:
+    *losses, client_norm, mean_norm, step = torch.cat([losses, norms]).tolist()
+    watched = dict(zip(clients, losses, strict=True)) | {"norm of the task vectors": client_norm}
     refuse_divergence(cfg, watched, state.round + 1, lr)
     sent = 4 * len(clients) * (1 + (cfg.algorithm == "scaffold"))  # bytes of an entry, in float32
     row = dict(round=state.round + 1, lr=lr, train_loss=sum(losses) / len(losses),
-               client_norm=norms[0], mean_norm=norms[1], fedexp_step=norms[2],
+               client_norm=client_norm, mean_norm=mean_norm, fedexp_step=step,
                bytes_up=sent * run.free, bytes_down=sent * run.free,
                bytes_dense=sent * sum(p.numel() for p in run.model.parameters()))
     return replace(state, params=params, memory=memory, round=row["round"],
@@ -482,7 +488,7 @@ def centralized_epoch(run: Run, state: State) -> State:
     """One epoch over the training part, momentum carried on; the rate is set at every step."""
     cfg, draw = run.cfg, rng("epoch", run.cfg.seed, state.round)
     run.load(state.params)
-    opt = SparseSGDM(run.trained.items(), cfg.lr, cfg.momentum, cfg.weight_decay, mask=run.mask)
+    opt = SparseSGDM(run.trained.items(), cfg.lr, cfg.momentum, cfg.weight_decay, mask=run.factors)
     for n, buffer in state.memory.get("momentum", {}).items():
         opt.state[run.trained[n]]["momentum_buffer"] = buffer.clone()
     steps, loss = math.ceil(len(run.data.train) / cfg.batch_size), 0.0

@@ -256,10 +256,11 @@ def _read(dataset: str, folder: str, where: torch.device) -> list[Tensor]:
 def _synthetic(per_class: int) -> tuple[Tensor, Tensor]:
     """100 classes, each a smooth random pattern under noise: learnable, nothing to download."""
     patterns = torch.from_numpy(rng("synthetic", 0).normal(size=(100, 3, 4, 4)))
-    patterns = F.interpolate(patterns, size=32, mode="bicubic")
-    noise = torch.from_numpy(rng("synthetic", per_class).normal(size=(100, per_class, 3, 32, 32)))
-    images = (128 + 40 * patterns[:, None] + 40 * noise).clamp(0, 255).to(torch.uint8)
-    return images.flatten(0, 1), torch.arange(100).repeat_interleave(per_class)
+    patterns, draw = F.interpolate(patterns, size=32, mode="bicubic"), rng("synthetic", per_class)
+    noise = (torch.from_numpy(draw.normal(size=(per_class, 3, 32, 32))) for _ in patterns)
+    images = torch.cat([(128 + 40 * p + 40 * n).clamp(0, 255).to(torch.uint8)
+                        for p, n in zip(patterns, noise, strict=True)])
+    return images, torch.arange(100).repeat_interleave(per_class)
 
 
 def split(labels: np.ndarray, val_fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
