@@ -39,7 +39,8 @@ from utils import (
 )
 
 log = logging.getLogger("flwr")
-server, client = ServerApp(), ClientApp()
+server = ServerApp()  # Flower finds the two in the source, each by its own assignment
+client = ClientApp()
 
 
 # ------------------------------------------------------------------ what travels
@@ -137,15 +138,18 @@ def ask_nodes(grid: Grid, known: set[int], timeout: float, run: Run, state: Stat
             break
         failed |= dict.fromkeys(share, f"no answer within {timeout:g} s")
         messages = order(run, state, share, lr, known, timeout)
-        for reply in grid.send_and_receive(messages, timeout=timeout):
-            if reply.has_error():  # its sender may be the server, on behalf of a node that is gone
-                failed[reply.metadata.src_node_id] = reply.error.reason
+        replies = grid.send_and_receive(messages, timeout=timeout)
+        asked = {m.metadata.message_id: m.metadata.dst_node_id for m in messages}
+        for reply in replies:  # of a node that is gone the SuperLink sends one, as an error
+            node = asked.get(reply.metadata.reply_to_message_id)
+            if reply.has_error():
+                failed[node] = reply.error.reason
                 continue
-            known.add(reply.metadata.src_node_id)
-            del failed[reply.metadata.src_node_id]
+            known.add(node)
+            del failed[node]
             answers |= {int(k): (vector, reply.content["losses"][k])
                         for k, vector in reply.content["vectors"].items()}
-        known -= failed.keys()
+        known.difference_update(failed)
     if failed:
         log.warning("round %d: nodes failed: %s", state.round + 1, failed)
     if not answers:
