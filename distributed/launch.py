@@ -3,9 +3,9 @@
     python distributed/launch.py demo rule=least_sensitive --federation-config "num-supernodes=4"
     python distributed/launch.py lite classes_per_client=5 --superlink cluster
 
-A preset, fields of `Config` as for train.py, then options of `flwr run`. Without --superlink (a name
-from Flower's config.toml) the simulation engine runs on this machine, in a SuperLink that ends with
-the run; there each worker's share of a GPU is set by client-resources-num-gpus in the second option.
+A preset, fields of `Config` as for train.py, then options of `flwr run`. Without --superlink (a
+name from Flower's config.toml) the simulation engine runs on this machine, in a SuperLink that ends
+with the run; the option above, with client-resources-num-gpus=1, gives each worker a GPU.
 """
 import json
 import os

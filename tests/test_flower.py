@@ -241,7 +241,8 @@ def place(tmp_path, monkeypatch):
 def simulate(fields: dict) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, str(ROOT / "distributed/launch.py"), "demo", *words(fields),
-         "--federation-config", "num-supernodes=2 client-resources-num-cpus=1 init-args-num-cpus=2"],
+         "--federation-config", "num-supernodes=2 init-args-num-cpus=2 client-resources-num-cpus=1"
+         ],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=900)
 
 
@@ -282,12 +283,18 @@ def supernode(tmp_path):
         with open(log, "w") as file:
             started.append(subprocess.Popen(
                 ["flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{port}", "--port",
-                 str(own)], stdout=file, stderr=file,
+                 str(own)], stdout=file, stderr=file, start_new_session=True,
                 env=os.environ | {"FLWR_HOME": str(tmp_path / name)}))
         return started[-1], log
     yield start
     for process in started:
-        process.kill()
+        kill(process)
+
+
+def kill(process: subprocess.Popen):
+    """A SuperNode and what it has started go at once, as when their machine does."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
@@ -309,7 +316,7 @@ def test_two_supernodes_of_which_one_is_killed_give_the_bits_of_one_process(
                                 *words(THIN), "--superlink", "own", "--run-config", "nodes=2"],
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         wait_for(lambda: nodes["first"].read_text().count("Receiving: train") == 2)
-        os.kill(first.pid, signal.SIGKILL)
+        kill(first)
         output, _ = run.communicate(timeout=900)
     assert run.returncode == 0, output
     assert log.read_text().count("Receiving: train") >= 4  # three rounds, and the dead one's share
