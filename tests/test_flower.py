@@ -56,6 +56,7 @@ class Nodes:
         return list(self.contexts)
 
     def send_and_receive(self, messages, *, timeout):
+        assert len(self.sent) < 100, "the app asks again and again"
         replies = []
         for number, message in enumerate(messages):
             message.metadata.__dict__["_message_id"] = f"{len(self.sent)}/{number}"

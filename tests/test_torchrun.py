@@ -110,7 +110,7 @@ def test_two_processes_give_the_result_of_one_and_only_the_first_writes(tmp_path
 
 @pytest.mark.parametrize("world", [1, 3])
 def test_a_run_of_two_killed_processes_is_resumed_by_another_number(tmp_path, world):
-    cfg = replace(KINDS["scaffold"], num_rounds=12, eval_every=1)
+    cfg = replace(KINDS["scaffold"], num_rounds=8, eval_every=1)
     one, cut = (Store(tmp_path / name, minutes=0.0) for name in ("one", "cut"))
     utils.train(cfg, one)
     children, end = start(cfg, cut.root, 2), time.monotonic() + WAIT
