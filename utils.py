@@ -391,18 +391,25 @@ def client_update(run: Run, state: State, k: int, lr: float) -> tuple[Params, Te
     return dict(zip(run.trained, theta, strict=True)), loss / max(1, cfg.local_steps)
 
 
-def federated_round(run: Run, state: State) -> State:
+def ask_clients(run: Run, state: State, clients: list[int], lr: float) -> dict:
+    """Of each client that answers, in the cohort's order, a call for its `client_update`."""
+    return {k: partial(client_update, run, state, k, lr) for k in clients}
+
+
+def federated_round(run: Run, state: State, ask=ask_clients) -> State:
     """One round of FedAvg (McMahan et al. 2017, Algorithm 1): w <- w + sum_k n_k/n (w_k - w).
 
+    `ask` may have the clients train elsewhere; those that do not answer are left out, by name.
     Raises FloatingPointError, naming the clients, where a loss is not finite.
     """
     cfg, lr = run.cfg, learning_rate(run.cfg, state.round / run.cfg.num_rounds)
-    clients = cohort(cfg.num_clients, cfg.participation, "cohort", cfg.seed, state.round).tolist()
+    drawn = cohort(cfg.num_clients, cfg.participation, "cohort", cfg.seed, state.round).tolist()
+    clients = list(answers := ask(run, state, drawn, lr))
     total, (rank, world) = sum(len(run.shards[k]) for k in clients), ranks()
     mean, controls = {n: torch.zeros_like(w) for n, w in state.params.items()}, {}
     squares, losses = next(iter(mean.values())).new_zeros(2, len(clients))
     for i, k in list(enumerate(clients))[rank::world]:  # under torchrun each process has its share
-        vector, losses[i] = client_update(run, state, k, lr)
+        vector, losses[i] = answers[k]()
         torch._foreach_add_(list(mean.values()), list(vector.values()),
                             alpha=len(run.shards[k]) / total)
         squares[i] = squared_norm(vector)
@@ -424,6 +431,7 @@ def federated_round(run: Run, state: State) -> State:
                client_norm=client_norm, mean_norm=mean_norm, fedexp_step=step,
                bytes_up=sent * run.free, bytes_down=sent * run.free,
                bytes_dense=sent * sum(p.numel() for p in run.model.parameters()))
+    row |= dict(lost=[k for k in drawn if k not in answers]) if len(clients) < len(drawn) else {}
     return replace(state, params=params, memory=memory, round=row["round"],
                    history=(*state.history, row))
 
@@ -541,8 +549,11 @@ def mask_of(cfg: Config, store: Store, data: Data, model: nn.Module, shards: lis
         model, [data.images[i] for i in index], chunk=chunk, **options))
 
 
-def open_run(cfg: Config, store: Store) -> tuple[Run, State]:
-    """Data, model, head, mask and shards of a run, and the state to go on from."""
+def open_run(cfg: Config, store: Store | None, head_of=head_of, mask_of=mask_of):
+    """A Run (data, model, head, mask and shards) and the State to go on from.
+
+    Without a store it is the first; a worker elsewhere has its head and mask from the server.
+    """
     data, model = load_data(cfg), build_model(cfg)
     names, mask = [n for n, _ in model.named_parameters()], None
     facts, labels = dict(backbone=digest(backbone(model))), data.labels.cpu().numpy()[data.train]
@@ -565,7 +576,8 @@ def open_run(cfg: Config, store: Store) -> tuple[Run, State]:
         p.requires_grad_(n in names)
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     start = State({n: p.detach().clone() for n, p in trained.items()})
-    return Run(cfg, data, model, trained, mask, shards, facts), store.resume(cfg) or start
+    state = store.resume(cfg) if store else None
+    return Run(cfg, data, model, trained, mask, shards, facts), state or start
 
 
 def assess(run: Run, state: State) -> State:
@@ -583,10 +595,10 @@ def assess(run: Run, state: State) -> State:
     return state
 
 
-def fold(run: Run, store: Store, state: State) -> State:
+def fold(run: Run, store: Store, state: State, step=None) -> State:
     """Rounds (or epochs) until the run's length, stored on the way, at a stop and at the end."""
     cfg, saved = run.cfg, (state.round, time.monotonic())
-    step = centralized_epoch if cfg.algorithm == "centralized" else federated_round
+    step = step or (centralized_epoch if cfg.algorithm == "centralized" else federated_round)
     with tqdm(total=cfg.length, initial=state.round, desc=run_name(cfg), leave=False,
               disable=ranks()[0] > 0) as bar:
         try:
@@ -609,12 +621,13 @@ def fold(run: Run, store: Store, state: State) -> State:
     return state
 
 
-def train(cfg: Config, store: Store | None = None, test: bool = True) -> dict:
+def train(cfg: Config, store: Store | None = None, test: bool = True, step=None) -> dict:
     """The run's result: found in the store, or trained from where it stopped, then stored.
 
     `status` is "finished", "diverged" (the loss was not finite; `error` says where), "interrupted"
     (stopped by hand; call again to go on) or "missing" (in a frozen store). The test set is read
-    once, by the weights that were best on validation, and not at all with `test=False`.
+    once, by the weights that were best on validation, and not at all with `test=False`. `step` may
+    be a `federated_round` whose clients train elsewhere.
     """
     if cfg.algorithm == "centralized" and ranks()[1] > 1:
         raise ValueError(f"algorithm='centralized' has no clients for {ranks()[1]} processes to "
@@ -627,7 +640,7 @@ def train(cfg: Config, store: Store | None = None, test: bool = True) -> dict:
         run, state = open_run(cfg, store)
     except KeyboardInterrupt:
         return dict(run=run_name(cfg), status="interrupted", round=0)
-    state = fold(run, store, state)
+    state = fold(run, store, state, step)
     if state.round < cfg.length and not state.error:
         return dict(run=run_name(cfg), status="interrupted", round=state.round)
     result = dict(run=run_name(cfg), status="diverged" if state.error else "finished",
