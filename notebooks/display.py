@@ -94,7 +94,8 @@ def open_store(preset_name: str, drive: Path | None = None) -> Store:
 
 def stored(store: Store, **wanted) -> list[Config]:
     """Configurations of the stored results whose fields have the `wanted` values."""
-    configs = [json.loads(store.read(n))["config"] for n in store.names("*.json")]
+    results = [json.loads(c) for c in map(store.find, store.names("*.json")) if c]
+    configs = [r["config"] for r in results if "config" in r]
     return [Config(**c) for c in configs if all(c[k] == v for k, v in wanted.items())]
 
 
