@@ -24,8 +24,8 @@ from tqdm.auto import tqdm
 from notebooks.basics import (  # noqa: F401  handed on
     ARCHS, DINO, HEAD, NO_CONTEXT, NOTES, ROOT, RULES, STREAMS, Config, Data, Params, augment,
     backbone, build_model, code_version, device, digest, evaluate, features, hardware, identity,
-    learning_rate, load_data, precision, prepare, preset, ranks, refuse_labels, ridge_from_sums, ridge_head,
-    ridge_sums, rng, run_name, shard, sharpen, split, sum_over_ranks)
+    learning_rate, load_data, precision, prepare, preset, ranks, refuse_labels, ridge_from_sums,
+    ridge_head, ridge_sums, rng, run_name, shard, sharpen, split, sum_over_ranks)
 from notebooks.store import State, Store, dump
 # isort: on
 

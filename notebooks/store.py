@@ -66,6 +66,7 @@ class Store:
             for name in self.names(kind):
                 here, there = (_size(path) for path in self.places(name))
                 self.late |= {name} if here is not None and here != there else set()
+        self.sync()
 
     def places(self, name: str) -> list[Path]:
         return [Path(folder) / name for folder in (self.root, self.drive) if folder]
@@ -106,6 +107,10 @@ class Store:
             return
         _replace(self.places(name)[0], content)
         self.late |= {name} if self.drive else set()
+        self.sync()
+
+    def sync(self):
+        """Copies to the drive what it lacks; what fails is tried again with the next file."""
         for waiting in sorted(self.late, key=lambda n: n.endswith(".json")):  # results last
             try:
                 self._copy(waiting)
