@@ -464,7 +464,7 @@ def _read_file(path: str) -> Params:
     if not isinstance(weights, dict) or not weights:
         raise ValueError(f"{path} holds a {type(weights).__name__}, not weights by name")
     for n, w in weights.items():
-        if not isinstance(w, Tensor) or not w.is_floating_point() or (
+        if not isinstance(n, str) or not isinstance(w, Tensor) or not w.is_floating_point() or (
                 w.device.type != "cpu" or w.layout != torch.strided):
             raise ValueError(f"{path} holds {n!r}, which is no floating-point weight")
         if w.numel() * w.element_size() > size or not w.isfinite().all():

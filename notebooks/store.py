@@ -329,7 +329,10 @@ def dump(value: dict) -> bytes:
 
 def parse(content: bytes) -> dict:
     """What was dumped; ValueError where it is not whole (older files have no SHA-256)."""
-    value = json.loads(content)
+    try:
+        value = json.loads(content)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
     if not isinstance(value, dict):
         raise ValueError(f"a dict is wanted, not {str(value)[:50]}")
     sha = value.pop("sha256", None)

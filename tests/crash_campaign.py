@@ -141,7 +141,7 @@ def check_remains(cfg: Config, store: Store, safe: int):
 def check_end(cfg: Config, result: dict, store: Store, whole: Store):
     """The run ended like the unbroken one, bit by bit, and the drive has all its files."""
     expected = whole.result(cfg)
-    for key in expected.keys() - {"seconds"}:
+    for key in expected.keys() - {"seconds", "code"}:  # the files may be edited meanwhile
         assert result[key] == expected[key], f"{key} differs from the unbroken run's"
     a, b = store.resume(cfg), whole.resume(cfg)
     assert a.round == b.round == cfg.length
