@@ -611,11 +611,11 @@ def train(cfg: Config, store: Store | None = None, test: bool = True) -> dict:
     (stopped by hand; call again to go on) or "missing" (in a frozen store). The test set is read
     once, by the weights that were best on validation, and not at all with `test=False`.
     """
+    if not isinstance(cfg, Config):
+        raise TypeError(f"{cfg!r} is no Config")
     if cfg.algorithm == "centralized" and ranks()[1] > 1:
         raise ValueError(f"algorithm='centralized' has no clients for {ranks()[1]} processes to "
                          "share: start it in one, without torchrun")
-    if not isinstance(cfg, Config):
-        raise TypeError(f"{cfg!r} is no Config")
     store = store or Store()
     if result := stored_result(cfg, store, test):
         return result
