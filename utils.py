@@ -194,10 +194,9 @@ def calibrate_mask(model: nn.Module, images: Tensor | list[Tensor], *, rule: str
     scores per image) or "vote" (each client's own cut as a bitmap). `names` defaults to `maskable`.
     """
     if rule not in RULES or not 0 <= sparsity <= 1 or rounds not in range(1, 10_000) or (
-            combine not in ("mean", "max", "vote")) or not 0 <= soft <= 1 or not len(images):
+            combine not in ("mean", "max", "vote")) or not 0 <= soft <= 1:
         raise ValueError(f"{rule=} must be one of {RULES}, {sparsity=} and {soft=} from 0 to 1, "
-                         f"{rounds=} a number from 1, {combine=} 'mean', 'max' or 'vote', and of "
-                         f"{len(images)} images or clients there must be some")
+                         f"{rounds=} a number from 1, and {combine=} 'mean', 'max' or 'vote'")
     every = {n: p.detach() for n, p in model.named_parameters()}
     weights = {n: every[n] for n in (maskable(model) if names is None else names)}
     m, draw = sum(w.numel() for w in weights.values()), rng("mask", seed)
@@ -206,8 +205,9 @@ def calibrate_mask(model: nn.Module, images: Tensor | list[Tensor], *, rule: str
         return unflat(lowest(scores, round((1 - sparsity) * m), draw), weights)
     clients = [images] if isinstance(images, Tensor) else images
     labels = [labels] if isinstance(images, Tensor) else labels or [None] * len(clients)
-    if len(labels) != len(clients):
-        raise ValueError(f"{len(clients)} clients have {len(labels)} lists of labels")
+    if len(labels) != len(clients) or not len(images):
+        raise ValueError(f"{len(clients)} clients with {len(images)} images or parts of them have "
+                         f"{len(labels)} lists of labels: as many, and some images, are needed")
     sign = 1 if rule == "least_sensitive" else -1
     active = torch.ones_like(flat(weights), dtype=torch.bool)
     for r in range(1, rounds + 1):

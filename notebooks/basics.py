@@ -173,7 +173,7 @@ def rng(stream: str, *key: int) -> np.random.Generator:
     The stream's number leads because numpy drops trailing zeros: (7, 3) and (7, 3, 0) draw alike.
     """
     if stream not in STREAMS or any(k < 0 for k in key):
-        raise ValueError(f"{stream=} must be one of {STREAMS}, and its {key=} not negative")
+        raise ValueError(f"{stream=} is not in tuple {STREAMS}, or its {key=} is negative")
     return np.random.default_rng((STREAMS.index(stream), *key))
 
 

@@ -133,7 +133,7 @@ CALLS = {  # what is asked: (call, what the error must name)
     "mask: nobody takes part": (lambda: mask_of(participation=0), "share=0"),
     "mask: more than all": (lambda: mask_of(participation=2.0), "share=2.0"),
     "mask: no images": (lambda: mask_of(images=torch.zeros(0, 3, 2, 2)), "0 images"),
-    "mask: no clients": (lambda: mask_of(images=[]), "0 images"),
+    "mask: no clients": (lambda: mask_of(images=[]), "0 clients"),
     "mask: a client without images": (
         lambda: mask_of(images=[torch.rand(2, 3, 2, 2), torch.zeros(0, 3, 2, 2)]), "0 images"),
     "mask: labels of another number": (lambda: mask_of(labels=LABELS), "4"),

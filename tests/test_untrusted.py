@@ -91,6 +91,13 @@ def test_a_bomb_is_refused_by_name_before_it_takes_memory(tmp_path, name):
         load(tmp_path / name)
 
 
+def test_a_compressed_archive_is_not_even_unpacked(tmp_path, monkeypatch):
+    (tmp_path / "deflated.pt").write_bytes(BOMBS["deflated.pt"])
+    monkeypatch.setattr(torch, "load", lambda *a, **k: pytest.fail("unpacked"))
+    with pytest.raises(ValueError, match=r"deflated\.pt.* unpack to \d+ bytes"):
+        load(tmp_path / "deflated.pt")
+
+
 @pytest.mark.parametrize("name", STRANGE)
 def test_a_file_of_something_else_is_refused_by_name(tmp_path, name):
     torch.save(STRANGE[name], tmp_path / name)
