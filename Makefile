@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON := $(VENV)/bin/python
 export DATA_DIR ?= $(CURDIR)/data
 
-.PHONY: demo test lint figures bench clean
+.PHONY: demo again test browser colab flower lint figures bench report trust mutants clean
 
 $(VENV)/installed: requirements.txt
 	python3 -m venv $(VENV)
@@ -27,6 +27,14 @@ test: $(VENV)/installed lint
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
+
+trust: $(VENV)/installed  ## runs killed at chosen moments, then faults, foreign files, bad input
+	OMP_NUM_THREADS=1 $(PYTHON) tests/crash_campaign.py
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest $(addprefix tests/test_,$(addsuffix .py,\
+		faults untrusted bad_input determinism resume))
+
+mutants: $(VENV)/installed  ## the code broken on purpose, which the tests must notice
+	OMP_NUM_THREADS=1 $(PYTHON) tests/mutants.py
 
 clean:
 	rm -rf $(VENV) results/demo figures/demo

@@ -13,6 +13,7 @@ import warnings
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from importlib.metadata import version
+from platform import python_version
 
 import numpy as np
 import torch
@@ -24,8 +25,8 @@ from tqdm.auto import tqdm
 from notebooks.basics import (  # noqa: F401  handed on
     ARCHS, DINO, HEAD, NO_CONTEXT, NOTES, PRESETS, ROOT, RULES, STREAMS, Config, Data, Params,
     augment, backbone, build_model, code_version, device, digest, evaluate, features, hardware,
-    identity, learning_rate, load_data, precision, prepare, preset, ranks, ridge_from_sums,
-    ridge_head, ridge_sums, rng, run_name, shard, sharpen, split, sum_over_ranks)
+    identity, learning_rate, load_data, precision, prepare, preset, ranks, refuse_labels,
+    ridge_from_sums, ridge_head, ridge_sums, rng, run_name, shard, sharpen, split, sum_over_ranks)
 from notebooks.store import State, Store, dump
 # isort: on
 
@@ -41,24 +42,30 @@ class SparseSGDM(torch.optim.SGD):
 
     def __init__(self, named_params, lr, momentum=0.9, weight_decay=0.0, dampening=0.0,
                  nesterov=False, mask: Params | None = None):
-        named = {n: p for n, p in named_params if p.requires_grad}
+        every = dict(named_params)
+        named = {n: p for n, p in every.items() if p.requires_grad}
+        if mask is not None and (wrong := (mask.keys() - every) | (named.keys() - mask)):
+            raise KeyError(f"only one of mask and weights has {sorted(wrong)}")
         for n in named if mask is not None else ():
             if mask[n].shape != named[n].shape:
                 raise ValueError(f"the mask of {n} has shape {tuple(mask[n].shape)}, its weight "
                                  f"{tuple(named[n].shape)}")
+            if mask[n].dtype != torch.bool and not ((mask[n] == 0) | (mask[n] == 1)).all():
+                raise ValueError(f"the mask of {n} has other values than 0 and 1")
         super().__init__(named.values(), lr, momentum, dampening,
                          weight_decay if mask is None else 0.0, nesterov, foreach=True)
         self.decay = weight_decay
-        self.mask = None if mask is None else {p: mask[n].to(p) for n, p in named.items()}
+        self.frozen = None if mask is None else {p: mask[n] == 0 for n, p in named.items()}
 
     def step(self, closure=None):
         loss = closure() if closure else None
-        if self.mask is not None:
-            params = [p for p in self.mask if p.grad is not None]
+        if self.frozen is not None:
+            params = [p for p in self.frozen if p.grad is not None]
             grads = [p.grad for p in params]
             with torch.no_grad():
                 torch._foreach_add_(grads, params, alpha=self.decay)
-                torch._foreach_mul_(grads, [self.mask[p] for p in params])
+                for p in params:  # not multiplied: zero times NaN would move a frozen weight
+                    p.grad.masked_fill_(self.frozen[p], 0)
         super().step()
         return loss
 
@@ -101,8 +108,9 @@ def sensitivity(model: nn.Module, images: Tensor, labels: Tensor | np.random.Gen
     never change. KeyError for `names` that are not of a Linear, Conv2d or LayerNorm, ValueError
     where images and labels differ in number.
     """
-    if isinstance(labels, Tensor) and len(labels) != len(images):
-        raise ValueError(f"{len(images)} images have {len(labels)} labels: they must be as many")
+    if chunk < 1 or not len(images) or isinstance(labels, Tensor) and len(labels) != len(images):
+        raise ValueError(f"{chunk=} must be at least 1, and the {len(images)} images, some, have "
+                         f"as many labels, not {len(labels) if isinstance(labels, Tensor) else 0}")
     weights = {n: p.detach() for n, p in model.named_parameters()} | (weights or {})
     total = {n: torch.zeros_like(weights[n], dtype=torch.float64)
              for n in (maskable(model) if names is None else names)}
@@ -125,6 +133,8 @@ def sensitivity(model: nn.Module, images: Tensor, labels: Tensor | np.random.Gen
             x = prepare(images[i:i + chunk], model).detach().requires_grad_()
             logp = torch.func.functional_call(model, weights, (x,)).log_softmax(1)
             y = labels[i:i + chunk] if isinstance(labels, Tensor) else _sample(logp, labels)
+            if isinstance(labels, Tensor):
+                refuse_labels(y, len(x), logp.shape[1])
             torch.autograd.grad(logp.gather(1, y[:, None]).sum(), x)
     finally:
         for hook in hooks:
@@ -184,18 +194,21 @@ def calibrate_mask(model: nn.Module, images: Tensor | list[Tensor], *, rule: str
     a share `participation` of the clients scores, and the server combines by "mean", "max" (of the
     scores per image) or "vote" (each client's own cut as a bitmap). `names` defaults to `maskable`.
     """
-    if rule not in RULES or not 0 <= sparsity <= 1 or rounds < 1 or (
-            combine not in ("mean", "max", "vote")):
-        raise ValueError(f"{rule=} must be one of {RULES}, {sparsity=} from 0 to 1, {rounds=} at "
-                         f"least 1, and {combine=} 'mean', 'max' or 'vote'")
-    weights = {n: model.get_parameter(n).detach()
-               for n in (maskable(model) if names is None else names)}
+    if rule not in RULES or not 0 <= sparsity <= 1 or rounds not in range(1, 10_000) or (
+            combine not in ("mean", "max", "vote")) or not 0 <= soft <= 1:
+        raise ValueError(f"{rule=} must be one of {RULES}, {sparsity=} and {soft=} from 0 to 1, "
+                         f"{rounds=} a number from 1, and {combine=} 'mean', 'max' or 'vote'")
+    every = {n: p.detach() for n, p in model.named_parameters()}
+    weights = {n: every[n] for n in (maskable(model) if names is None else names)}
     m, draw = sum(w.numel() for w in weights.values()), rng("mask", seed)
     if rule not in ("least_sensitive", "most_sensitive"):
         scores = _static_scores(rule, weights, draw)
         return unflat(lowest(scores, round((1 - sparsity) * m), draw), weights)
     clients = [images] if isinstance(images, Tensor) else images
     labels = [labels] if isinstance(images, Tensor) else labels or [None] * len(clients)
+    if len(labels) != len(clients) or not len(images):
+        raise ValueError(f"{len(clients)} clients with {len(images)} images or parts of them have "
+                         f"{len(labels)} lists of labels: as many, and some images, are needed")
     sign = 1 if rule == "least_sensitive" else -1
     active = torch.ones_like(flat(weights), dtype=torch.bool)
     for r in range(1, rounds + 1):
@@ -243,17 +256,12 @@ def composition(mask: Params) -> dict[str, list[int]]:
     return counts
 
 
-def overlap(a: Params, b: Params) -> float:
-    """Intersection over union of the True entries of two masks; 1 where neither has any."""
-    union = sum(int((a[n] | b[n]).sum()) for n in a)
-    return sum(int((a[n] & b[n]).sum()) for n in a) / union if union else 1.0
-
-
 # ------------------------------------------------------------------ task vectors
 def add(a: Params, b: Params) -> Params:
-    """Sum of two task vectors; KeyError unless both name the same weights."""
-    if a.keys() != b.keys():
-        raise KeyError(f"only one of the two has {sorted(a.keys() ^ b.keys())}")
+    """Sum of two task vectors; KeyError unless both name the same weights, in the same shapes."""
+    if wrong := [n for n in a.keys() | b.keys()
+                 if n not in a or n not in b or a[n].shape != b[n].shape]:
+        raise KeyError(f"only one of the two has {sorted(wrong)} in its shape")
     return {n: a[n] + b[n] for n in a}
 
 
@@ -273,19 +281,6 @@ def task_vector(tuned: Params, start: Params) -> Params:
 def apply_vector(start: Params, vector: Params, alpha: float = 1.0) -> Params:
     """start + alpha * vector."""
     return add(start, scale(vector, alpha))
-
-
-def drift(vectors: list[Params]) -> dict:
-    """How the task vectors of a cohort disagree: norms, pairwise cosines, sign-conflict rate.
-
-    In conflict is an entry that some clients raise and others lower, among those that any moves.
-    """
-    v = torch.stack([flat({n: d[n] for n in vectors[0]}) for d in vectors])
-    norms = v.norm(dim=1)
-    up, down = (v > 0).any(0), (v < 0).any(0)
-    conflict = (up & down).sum() / (up | down).sum().clamp(min=1)
-    cosine = (v @ v.T) / (norms[:, None] * norms).clamp(min=1e-30)
-    return dict(norms=norms.tolist(), cosine=cosine.tolist(), sign_conflict=conflict.item())
 
 
 # ------------------------------------------------------------------ federated averaging
@@ -318,6 +313,8 @@ class Run:
 
 def cohort(num_clients: int, share: float, *key) -> np.ndarray:
     """max(1, round(share * K)) clients without replacement, drawn from (stream, seed, round)."""
+    if not 0 < share <= 1:
+        raise ValueError(f"{share=} of the clients must lie between 0 and 1")
     return rng(*key).choice(num_clients, max(1, round(share * num_clients)), replace=False)
 
 
@@ -576,7 +573,7 @@ def open_run(cfg: Config, store: Store | None, head_of=head_of, mask_of=mask_of)
         p.requires_grad_(n in names)
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     start = State({n: p.detach().clone() for n, p in trained.items()})
-    state = store.resume(cfg) if store else None
+    state = store.resume(cfg, start.params) if store else None
     return Run(cfg, data, model, trained, mask, shards, facts), state or start
 
 
@@ -629,17 +626,32 @@ def train(cfg: Config, store: Store | None = None, test: bool = True, step=None)
     once, by the weights that were best on validation, and not at all with `test=False`. `step` may
     be a `federated_round` whose clients train elsewhere.
     """
+    if not isinstance(cfg, Config):
+        raise TypeError(f"{cfg!r} is no Config")
     if cfg.algorithm == "centralized" and ranks()[1] > 1:
         raise ValueError(f"algorithm='centralized' has no clients for {ranks()[1]} processes to "
                          "share: start it in one, without torchrun")
     store = store or Store()
+    if result := stored_result(cfg, store, test):
+        return result
+    try:
+        with store.lock(cfg):  # another process may have trained it meanwhile
+            return stored_result(cfg, store, test) or train_now(cfg, store, test, step)
+    except KeyboardInterrupt:  # in the rounds `fold` stops by itself
+        return dict(run=run_name(cfg), status="interrupted", round=0)
+
+
+def stored_result(cfg: Config, store: Store, test: bool) -> dict | None:
+    """The result, where there is no more to be done for it."""
     result = store.result(cfg)
     if store.frozen or result and (result["status"] == "diverged" or "test" in result or not test):
         return result or dict(run=run_name(cfg), status="missing", round=0)
-    try:
-        run, state = open_run(cfg, store)
-    except KeyboardInterrupt:
-        return dict(run=run_name(cfg), status="interrupted", round=0)
+    return None
+
+
+def train_now(cfg: Config, store: Store, test: bool, step=None) -> dict:
+    """`train` of what is not stored, from the newest checkpoint on."""
+    run, state = open_run(cfg, store)
     state = fold(run, store, state, step)
     if state.round < cfg.length and not state.error:
         return dict(run=run_name(cfg), status="interrupted", round=state.round)
@@ -648,7 +660,7 @@ def train(cfg: Config, store: Store | None = None, test: bool = True, step=None)
                   history=state.history, best_round=state.best_round, seconds=state.seconds,
                   device=str(device()), hardware=hardware(),
                   versions={p: version(p) for p in ("torch", "torchvision", "timm", "numpy")},
-                  code=code_version())
+                  python=python_version(), threads=torch.get_num_threads(), code=code_version())
     if test and not state.error:
         run.load(state.best)
         result["test"] = evaluate(run.model, run.data.test_images[:cfg.eval_images],

@@ -26,13 +26,14 @@ from notebooks.basics import (
     PRESETS,
     ROOT,
     Config,
+    Params,
     evaluate,
     hardware,
     identity,
     run_name,
 )
 from notebooks.store import Store
-from utils import apply_vector, client_update, cohort, drift, open_run, overlap, train
+from utils import apply_vector, client_update, cohort, flat, open_run, train
 
 
 def train_all(cfgs: list[Config], store: Store, test: bool = True):
@@ -41,6 +42,19 @@ def train_all(cfgs: list[Config], store: Store, test: bool = True):
         if train(cfg, store, test)["status"] == "interrupted":
             print(f"Stopped within {run_name(cfg)}: run this cell again to go on from there.")
             break
+
+
+def drift(vectors: list[Params]) -> dict:
+    """How the task vectors of a cohort disagree: norms, pairwise cosines, sign-conflict rate.
+
+    In conflict is an entry that some clients raise and others lower, among those that any moves.
+    """
+    v = torch.stack([flat({n: d[n] for n in vectors[0]}) for d in vectors])
+    norms = v.norm(dim=1)
+    up, down = (v > 0).any(0), (v < 0).any(0)
+    conflict = (up & down).sum() / (up | down).sum().clamp(min=1)
+    cosine = (v @ v.T) / (norms[:, None] * norms).clamp(min=1e-30)
+    return dict(norms=norms.tolist(), cosine=cosine.tolist(), sign_conflict=conflict.item())
 
 
 def diagnose(cfg: Config, store: Store, alphas=(0.0, 0.5, 1.0, 1.5, 2.0, 3.0)) -> dict:
@@ -60,6 +74,14 @@ def diagnose(cfg: Config, store: Store, alphas=(0.0, 0.5, 1.0, 1.5, 2.0, 3.0)) -
             losses.append(found["loss"])
         return drift(vectors) | dict(clients=clients.tolist(), alphas=alphas, losses=losses)
     return store.cached("drift", dict(identity(cfg), alphas=alphas), compute)
+
+
+def overlap(a: Params, b: Params) -> float:
+    """Intersection over union of the True entries of two masks; 1 where neither has any."""
+    if a.keys() != b.keys():
+        raise KeyError(f"only one of the two masks has {sorted(a.keys() ^ b.keys())}")
+    union = sum(int((a[n] | b[n]).sum()) for n in a)
+    return sum(int((a[n] & b[n]).sum()) for n in a) / union if union else 1.0
 
 
 def overlaps(cfgs: list[Config], store: Store) -> dict:
@@ -121,7 +143,8 @@ def open_store(preset_name: str, drive: Path | None = None) -> Store:
 
 def stored(store: Store, **wanted) -> list[Config]:
     """Configurations of the stored results whose fields have the `wanted` values."""
-    configs = [json.loads(store.read(n))["config"] for n in store.names("*.json")]
+    results = [json.loads(c) for c in map(store.find, store.names("*.json")) if c]
+    configs = [r["config"] for r in results if "config" in r]
     return [Config(**c) for c in configs if all(c[k] == v for k, v in wanted.items())]
 
 
