@@ -332,7 +332,8 @@ def sgd_step(run: Run, opt: SparseSGDM, images: Tensor, labels: Tensor, adjust=N
     Where the GPU's memory is too small for the batch, its gradient is summed over smaller parts.
     """
     context, loss_scale = precision(run.cfg)
-    size, loss = -(-len(images) // run.facts.setdefault("batch_parts", 1)), 0.0
+    parts, loss = run.facts.get("batch_parts", 1), 0.0
+    size = -(-len(images) // parts)
     opt.zero_grad()
     try:
         for x, y in zip(images.split(size), labels.split(size), strict=True):
@@ -343,7 +344,7 @@ def sgd_step(run: Run, opt: SparseSGDM, images: Tensor, labels: Tensor, adjust=N
     except torch.OutOfMemoryError:
         if size == 1:
             raise
-        run.facts["batch_parts"] *= 2
+        run.facts["batch_parts"] = 2 * parts
         size = 0
     if not size:  # out of the handler, which kept the failed pass's memory alive
         warnings.warn(f"Batches of {len(images)} do not fit into the memory of this GPU: computed "
@@ -553,7 +554,8 @@ def open_run(cfg: Config, store: Store | None, head_of=head_of, mask_of=mask_of)
     """
     data, model = load_data(cfg), build_model(cfg)
     names, mask = [n for n, _ in model.named_parameters()], None
-    facts, labels = dict(backbone=digest(backbone(model))), data.labels.cpu().numpy()[data.train]
+    facts = dict(backbone=digest(backbone(model)), batch_parts=1)
+    labels = data.labels.cpu().numpy()[data.train]
     shards = [] if cfg.algorithm == "centralized" else [
         data.train[s] for s in shard(labels, cfg.num_clients, cfg.classes_per_client, cfg.seed)]
     if cfg.head == "probe":
