@@ -1,6 +1,6 @@
 """Every number of the report, from results/: numbers.tex, a macro each, and tables/*.tex.
 
-    python -m report.numbers
+    python -m report.make_numbers
 
 Sentences that compare are macros as well, so that the words follow the data. Two means are "level"
 where they differ by no more than one standard deviation: the largest of those over seeds and of the
@@ -9,6 +9,7 @@ sampling error of an accuracy on the test (or validation) images.
 import json
 import math
 import os
+import re
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -26,14 +27,14 @@ SKEWED = {k: v for k, v in SHARDINGS.items() if v in (10, 5, 1)}
 RULED = {k: v for k, v in SHARDINGS.items() if v != 50}
 STEPS, SPARSITIES, ROUNDS = (4, 8, 16), (0.5, 0.8, 0.9, 0.95, 0.99), (1, 2, 4, 8)
 WAYS = {"one place": ("central", 1.0), "mean": ("mean", 1.0), "max": ("max", 1.0),
-        "vote": ("vote", 1.0), "mean, a tenth": ("mean", 0.1), "vote, a tenth": ("vote", 0.1)}
+        "vote": ("vote", 1.0), "mean of a tenth": ("mean", 0.1), "vote of a tenth": ("vote", 0.1)}
 METHODS = {
     "FedAvg": {}, "FedAvg + FedExP": dict(server="fedexp"),
     "FedAvgM": dict(server="momentum", server_lr=0.3),
     "FedAdam": dict(server="adam", server_lr=1e-3),
     "FedProx": dict(algorithm="fedprox"), "SCAFFOLD": dict(algorithm="scaffold"),
     "sparse": {}, "sparse + FedExP": dict(server="fedexp"),
-    "sparse, constant": dict(server="momentum", server_momentum=0.0, server_lr=2.0)}
+    r"sparse $\times$ 2": dict(server="momentum", server_momentum=0.0, server_lr=2.0)}
 KINDS = {"query": ["query.weight"], "key": ["key.weight"], "key bias": ["key.bias"],
          "value": ["value.weight"], "projection": ["attn.proj.weight"],
          "MLP": ["fc1.weight", "fc2.weight"]}  # all else is "other": biases, norms, patches
@@ -44,12 +45,18 @@ MISSING = "No such run is stored yet."
 # ------------------------------------------------------------------ words and cells
 def tex(text: str) -> str:
     """Plain text, as names of rules and `mean_sd` give it, for LaTeX."""
-    text = text.replace("_", " ").replace("±", r"{\tiny$\pm$}").replace("–", "--")
-    return text.replace("%", r"\%").replace("Nc=", "$N_c$=")
+    text = text.replace("_", " ").replace("±", r"$\pm$").replace("–", "--")
+    return re.sub(r"Nc=(\d+)", r"$N_c{=}\1$", text.replace("%", r"\%"))
+
+
+def told(values: pd.Series) -> str:
+    return tex(mean_sd(values))
 
 
 def cell(values: pd.Series) -> str:
-    return tex(mean_sd(values))
+    """`told`, the deviation and the number of seeds in small print."""
+    mean, _, rest = told(values).partition(" ")
+    return rf"{mean}{{\sd\,{rest.replace(' ', '')}}}" if rest else mean
 
 
 def noise(*samples: pd.Series, images: int) -> float:
@@ -59,12 +66,13 @@ def noise(*samples: pd.Series, images: int) -> float:
     return max(sampling, *(x.std() for x in samples if len(x) > 1), 0)
 
 
-def relation(a: pd.Series, b: pd.Series, name: str, images: int) -> str:
+def relation(a: pd.Series, b: pd.Series, images: int, name: str = "") -> str:
     """"2.1 points above <name>", or "level with <name>" within one standard deviation."""
     gap = a.mean() - b.mean()
     if abs(gap) <= noise(a, b, images=images):
-        return f"level with {name} (${round(gap, 1) + 0.0:+.1f}$)"  # + 0.0 turns -0.0 into 0.0
-    return f"{abs(gap):.1f} points {'above' if gap > 0 else 'below'} {name}"
+        gap = round(gap, 1) + 0.0  # turns -0.0 into 0.0
+        return f"level{name and f' with {name}'}, ${gap:+.1f}$"
+    return f"{abs(gap):.1f} points {'above' if gap > 0 else 'below'}{name and f' {name}'}"
 
 
 def listed(parts: list[str]) -> str:
@@ -75,19 +83,26 @@ def ranked(groups: dict[str, pd.Series], images: int) -> str:
     """The groups from best to worst, and which of them are level with the best."""
     found = {k: v for k, v in groups.items() if len(v)}
     order = sorted(found, key=lambda k: -found[k].mean())
-    first, *others = [f"{tex(k)} {found[k].mean():.1f}" for k in order] or [""]
-    level = [k for k in order[1:] if "level" in relation(found[order[0]], found[k], "", images)]
-    words = "nothing to compare with" if not others else "all others" if (
-        len(level) == len(others)) else listed([tex(k) for k in level]) or "none of the others"
-    return f"{', '.join([first, *others])} (level with the first: {words})"
+    level = [tex(k) for k in order[1:]
+             if relation(found[k], found[order[0]], images).startswith("level")]
+    words = "all level" if len(level) == len(order) - 1 else (
+        f"level with the first: {listed(level) or 'none'}")
+    return ", ".join(f"{tex(k)} ({found[k].mean():.1f})" for k in order) + f", {words}"
 
 
-def against(groups: dict[str, pd.Series], other, name: str, images: int) -> str:
-    """How each group compares with `other`: one series, or one for every group."""
-    pairs = {k: (v, other[k] if isinstance(other, dict) else other) for k, v in groups.items()}
-    parts = [f"{tex(k)} {relation(a, b, name, images)}" for k, (a, b) in pairs.items()
-             if len(a) and len(b)]
-    return listed(parts)
+def against(groups: dict[str, pd.Series], other: pd.Series, name: str, images: int) -> str:
+    """How each group compares with `other`, which only the first clause names."""
+    found = {k: v for k, v in groups.items() if len(v) and len(other)}
+    return listed([f"{tex(k)} ({relation(v, other, images, '' if i else name)})"
+                   for i, (k, v) in enumerate(found.items())])
+
+
+def paired(first: dict[str, pd.Series], second: dict[str, pd.Series], name: str,
+           images: int) -> str:
+    """How each group compares with its namesake in `second`; the first clause has its `name`."""
+    found = [k for k, v in first.items() if len(v) and len(second[k])]
+    return listed([against({k: first[k]}, second[k], "" if i else name, images)
+                   for i, k in enumerate(found)])
 
 
 def sentence(text: str) -> str:
@@ -218,8 +233,8 @@ def table_grid(book: Book) -> str:
     return tabular(["", *(f"$J={j}$" for j in STEPS)], [*rows, start_row(book, len(STEPS))])
 
 
-def start_row(book: Book, columns: int, name: str = "start, untrained") -> list[str]:
-    return [name, cell(book.start), *[""] * (columns - 1)]
+def start_row(book: Book, columns: int) -> list[str]:
+    return ["start", cell(book.start), *[""] * (columns - 1)]
 
 
 def table_central(book: Book) -> str:
@@ -240,14 +255,14 @@ def table_six(book: Book) -> str:
 def table_sparsity(book: Book) -> str:
     rows = [[f"{s:g}", *(cell(book.tests(replace(book.sparse, sparsity=s, classes_per_client=nc)))
                          for nc in (None, 10))] for s in SPARSITIES]
-    return tabular(["$s$", "IID", "$N_c$=10"], [*rows, start_row(book, 2, "start")])
+    return tabular(["$s$", "IID", "$N_c{=}10$"], [*rows, start_row(book, 2)])
 
 
 def table_rounds(book: Book) -> str:
     rows = [[str(r), *(cell(book.tests(replace(book.sparse, calibration_rounds=r,
                                                classes_per_client=nc)))
                        for nc in (None, 10))] for r in ROUNDS]
-    return tabular(["$R$", "IID", "$N_c$=10"], [*rows, start_row(book, 2, "start")])
+    return tabular(["$R$", "IID", "$N_c{=}10$"], [*rows, start_row(book, 2)])
 
 
 def table_composition(book: Book) -> str:
@@ -325,8 +340,8 @@ def answer_central(book: Book) -> str:
     found = frames([book.store.result(c) for c in book.final])[0].test
     if not len(found):
         return ""
-    gap = relation(found, book.start, "the untrained ridge head", book.images)
-    return f"The chosen configuration reaches {cell(found)} on test, {gap}."
+    gap = relation(found, book.start, book.images, "the untrained ridge head")
+    return f"The chosen configuration reaches {told(found)} on test, {gap}."
 
 
 def answer_schedule(book: Book) -> str:
@@ -357,14 +372,14 @@ def answer_shards(book: Book, j: int) -> str:
 def answer_steps(book: Book) -> str:
     short, long = ({k: book.tests(grid_cell(book.base, nc, j)) for k, nc in SHARDINGS.items()}
                    for j in (STEPS[0], STEPS[-1]))
-    return sentence(against(long, short, f"$J={STEPS[0]}$", book.images))
+    return sentence(paired(long, short, f"$J={STEPS[0]}$", book.images))
 
 
 def answer_below(book: Book) -> str:
     """How many cells of the grid end above, level with and below the untrained start."""
-    cells = {f"{tex(k)} $J={j}$": book.tests(grid_cell(book.base, nc, j))
+    cells = {f"{tex(k)} $J{{=}}{j}$": book.tests(grid_cell(book.base, nc, j))
              for k, nc in SHARDINGS.items() for j in STEPS}
-    words = {k: relation(v, book.start, "it", book.images) for k, v in cells.items()
+    words = {k: relation(v, book.start, book.images) for k, v in cells.items()
              if len(v) and len(book.start)}
     below = [k for k, w in words.items() if "below" in w]
     above, level = (sum(part in w for w in words.values()) for part in ("above", "level"))
@@ -375,7 +390,7 @@ def answer_below(book: Book) -> str:
 
 def answer_collapse(book: Book) -> str:
     """Cells no better than guessing."""
-    cells = {f"{tex(k)} $J={j}$": book.tests(grid_cell(book.base, nc, j))
+    cells = {f"{tex(k)} $J{{=}}{j}$": book.tests(grid_cell(book.base, nc, j))
              for k, nc in SHARDINGS.items() for j in STEPS}
     lost = [k for k, v in cells.items() if len(v) and abs(v.mean() - 100 / CLASSES) < 1]
     return f"Within a point of chance: {listed(lost) or 'no cell'}."
@@ -404,7 +419,7 @@ def answer_six(book: Book) -> str:
 def answer_sweep(book: Book, symbol: str, field: str, values) -> str:
     texts = {}
     for k, nc in (("IID", None), ("Nc=10", 10)):
-        groups = {f"${symbol}={v:g}$": book.tests(
+        groups = {f"${symbol}{{=}}{v:g}$": book.tests(
             replace(book.sparse, classes_per_client=nc, **{field: v})) for v in values}
         if sum(len(v) > 0 for v in groups.values()) > 1:
             texts[k] = ranked(groups, book.images)
@@ -416,9 +431,9 @@ def answer_rates(book: Book) -> str:
     same = replace(book.sparse, num_rounds=max(1, book.base.num_rounds // 4), seed=0)
     found = [c for c in stored(book.store, rule=same.rule, num_rounds=same.num_rounds)
              if replace(c, lr=same.lr) == same]
-    groups = {f"$\\eta={c.lr:g}$": frames([book.store.result(c)])[0].val
+    groups = {f"$\\eta{{=}}{c.lr:g}$": frames([book.store.result(c)])[0].val
               for c in sorted(found, key=lambda c: c.lr)}
-    return sentence(", ".join(f"{k} {v.mean():.1f}" for k, v in groups.items()))
+    return sentence(listed([f"{v.mean():.1f} at {k}" for k, v in groups.items()]))
 
 
 def answer_moved(book: Book) -> str:
@@ -435,6 +450,17 @@ def rule_tests(book: Book, nc: int | None) -> dict[str, pd.Series]:
             for rule in RULES}
 
 
+def answer_layers(book: Book) -> str:
+    """How much of the calibrated mask the query/key control could cover."""
+    found = book.results(book.sparse)
+    if not found:
+        return MISSING
+    free = {k: n for k, (n, _) in found[0]["mask"]["composition"].items()}
+    held = sum(n for k, n in free.items() if k.endswith(("query.weight", "key.weight")))
+    return (f"At $s={book.sparse.sparsity:g}$ {100 * held / sum(free.values()):.1f}\\,\\% of the "
+            "calibrated mask's free weights lie in the query and key projections.")
+
+
 def answer_rules(book: Book) -> str:
     found = {k: rule_tests(book, nc) for k, nc in RULED.items()}
     return per_sharding({k: ranked(v, book.images) for k, v in found.items()
@@ -442,14 +468,21 @@ def answer_rules(book: Book) -> str:
 
 
 def answer_rules_start(book: Book) -> str:
-    found = {k: rule_tests(book, nc) for k, nc in RULED.items()}
-    return per_sharding({k: book.vs_start(v) for k, v in found.items()})
+    """Which rules end above, level with and below the untrained start."""
+    texts = {}
+    for k, nc in RULED.items():
+        words = {tex(rule): relation(v, book.start, book.images)
+                 for rule, v in rule_tests(book, nc).items() if len(v) and len(book.start)}
+        sides = {side: [r for r, w in words.items() if side in w]
+                 for side in ("above", "level", "below")}
+        texts[k] = ", ".join(f"{listed(names)} {side}" for side, names in sides.items() if names)
+    return per_sharding(texts)
 
 
 def answer_control(book: Book) -> str:
     control, calibrated = ({tex(k): rule_tests(book, nc)[rule] for k, nc in RULED.items()}
                            for rule in ("query_key", "least_sensitive"))
-    return sentence(against(control, calibrated, "the calibrated mask", book.images))
+    return sentence(paired(control, calibrated, "the calibrated mask", book.images))
 
 
 def answer_consensus(book: Book) -> str:
@@ -466,7 +499,7 @@ def answer_server(book: Book) -> str:
     for k, nc in SKEWED.items():
         of = {name: book.tests(method(book, name, nc)) for name in METHODS}
         pairs = [("FedAvg + FedExP", "FedAvg"), ("sparse + FedExP", "sparse"),
-                 ("sparse, constant", "sparse")]
+                 (r"sparse $\times$ 2", "sparse")]
         parts = (against({a: of[a]}, of[b], b, book.images) for a, b in pairs)
         texts[k] = listed([p for p in parts if p])
     return per_sharding(texts)
@@ -486,7 +519,7 @@ def answer_premise(book: Book) -> str:
             (f"$s={s:g}$", replace(book.sparse, sparsity=s)) for s in SPARSITIES]
         found = [(name, motion(book, replace(c, classes_per_client=nc)).cosine)
                  for name, c in cases]
-        texts[k] = ", ".join(f"{name} {x:.2f}" for name, x in found if not math.isnan(x))
+        texts[k] = ", ".join(f"{name} ({x:.2f})" for name, x in found if not math.isnan(x))
     return per_sharding(texts)
 
 
@@ -494,8 +527,8 @@ def answer_pretraining(book: Book) -> str:
     long = replace(book.base, num_rounds=40, eval_every=20)
     random, tuned_ = book.tests(replace(long, weights="none")), book.tests(long)
     return MISSING if random.empty or tuned_.empty else (
-        f"The same {long.num_rounds} rounds from random weights end at {cell(random)}, from the "
-        f"pre-trained ones at {cell(tuned_)}.")
+        f"The same {long.num_rounds} rounds from random weights end at {told(random)}, from the "
+        f"pre-trained ones at {told(tuned_)}.")
 
 
 def answer_traffic(book: Book) -> str:
@@ -522,7 +555,7 @@ def settings(book: Book) -> dict[str, str]:
     facts = {k: f"{v:g}" for k, v in facts.items()}
     per_class = PER_CLASS[cfg.dataset]
     held = round(cfg.val_fraction * per_class)
-    facts |= dict(steps=", ".join(map(str, STEPS)), start=cell(book.start),
+    facts |= dict(steps=", ".join(map(str, STEPS)), start=told(book.start),
                   cohort=str(max(1, round(cfg.participation * cfg.num_clients))),
                   trainImages=f"{CLASSES * (per_class - held):,}", valImages=f"{CLASSES * held:,}",
                   testImages=f"{book.images:,}", parameters=f"{entries / 1e6:.2f}",
@@ -531,7 +564,7 @@ def settings(book: Book) -> dict[str, str]:
                   sampling=f"{noise(book.start, images=book.images):.2f}",
                   seeds=listed([str(s) for s in sorted({c.seed for c in stored(book.store)})]),
                   stored=str(len(stored(book.store))))
-    return facts | backbone_card(card)
+    return {k: "--" if v == "nan" else v for k, v in facts.items()} | backbone_card(card)
 
 
 def backbone_card(path: Path) -> dict[str, str]:
@@ -557,7 +590,7 @@ ANSWERS = dict(
     collapse=answer_collapse, drift=answer_drift, six=answer_six,
     sparsity=lambda b: answer_sweep(b, "s", "sparsity", SPARSITIES),
     calibration=lambda b: answer_sweep(b, "R", "calibration_rounds", ROUNDS), rates=answer_rates,
-    moved=answer_moved, rules=answer_rules, rulesStart=answer_rules_start,
+    moved=answer_moved, layers=answer_layers, rules=answer_rules, rulesStart=answer_rules_start,
     control=answer_control, consensus=answer_consensus, server=answer_server,
     methods=answer_methods, premise=answer_premise, pretraining=answer_pretraining,
     traffic=answer_traffic)
