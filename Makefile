@@ -19,7 +19,7 @@ figures: $(VENV)/installed  ## figures/ again from results/, training nothing
 
 report: $(VENV)/installed  ## report/report.pdf from results/ and figures/; its numbers alone without TeX
 	$(PYTHON) -m report.make_numbers
-	@if command -v latexmk pdflatex bibtex > /dev/null; then cd report && \
+	@if command -v latexmk && command -v pdflatex && command -v bibtex; then cd report && \
 		SOURCE_DATE_EPOCH=0 latexmk -gg -pdf -interaction=nonstopmode -halt-on-error report.tex; \
 	else echo "report.pdf is left as it is: no latexmk, pdflatex or bibtex (texlive-latex-extra)"; fi
 

@@ -300,7 +300,7 @@ def table_motion(book: Book) -> str:
     cases |= {(f"sparse {s:g}", tex(k)): replace(book.sparse, sparsity=s, classes_per_client=nc)
               for k, nc in (("IID", None), ("Nc=10", 10)) for s in (0.5, 0.9, 0.99)}
     found = {k: motion(book, cfg) for k, cfg in cases.items()}
-    rows = [[*k, *("--" if math.isnan(x) else f"{x:.2f}" for x in v)] for k, v in found.items()]
+    rows = [[*k, *("--" if math.isnan(x) else f"${x:.2f}$" for x in v)] for k, v in found.items()]
     return tabular(["", "", r"$\|\tau\|$", "cosine", r"$\eta_{\mathrm{exp}}$"], rows, left=2)
 
 
@@ -316,7 +316,7 @@ def ends_of(end: dict) -> list[str]:
     c, n = end["cosine"], len(end["cosine"])
     pairs = sum(c[i][j] for i in range(n) for j in range(n) if i != j) / (n * (n - 1))
     losses = dict(zip(end["alphas"], end["losses"], strict=True))
-    return [f"{pairs:.3f}", f"{100 * end['sign_conflict']:.1f}",
+    return [f"${pairs:.3f}$", f"{100 * end['sign_conflict']:.1f}",
             *(f"{losses[a]:.2f}" for a in (0.0, 1.0, 2.0))]
 
 
@@ -457,7 +457,7 @@ def answer_layers(book: Book) -> str:
         return MISSING
     free = {k: n for k, (n, _) in found[0]["mask"]["composition"].items()}
     held = sum(n for k, n in free.items() if k.endswith(("query.weight", "key.weight")))
-    return (f"At $s={book.sparse.sparsity:g}$ {100 * held / sum(free.values()):.1f}\\,\\% of the "
+    return (f"At $s={book.sparse.sparsity:g}$, {100 * held / sum(free.values()):.1f}\\,\\% of the "
             "calibrated mask's free weights lie in the query and key projections.")
 
 
