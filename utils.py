@@ -13,6 +13,7 @@ import warnings
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from importlib.metadata import version
+from platform import python_version
 
 import numpy as np
 import torch
@@ -24,8 +25,8 @@ from tqdm.auto import tqdm
 from notebooks.basics import (  # noqa: F401  handed on
     ARCHS, DINO, HEAD, NO_CONTEXT, NOTES, PRESETS, ROOT, RULES, STREAMS, Config, Data, Params,
     augment, backbone, build_model, code_version, device, digest, evaluate, features, hardware,
-    identity, learning_rate, load_data, precision, prepare, preset, ranks, ridge_from_sums,
-    ridge_head, ridge_sums, rng, run_name, shard, sharpen, split, sum_over_ranks)
+    identity, learning_rate, load_data, precision, prepare, preset, ranks, refuse_labels,
+    ridge_from_sums, ridge_head, ridge_sums, rng, run_name, shard, sharpen, split, sum_over_ranks)
 from notebooks.store import State, Store, dump
 # isort: on
 
@@ -41,24 +42,30 @@ class SparseSGDM(torch.optim.SGD):
 
     def __init__(self, named_params, lr, momentum=0.9, weight_decay=0.0, dampening=0.0,
                  nesterov=False, mask: Params | None = None):
-        named = {n: p for n, p in named_params if p.requires_grad}
+        every = dict(named_params)
+        named = {n: p for n, p in every.items() if p.requires_grad}
+        if mask is not None and (wrong := (mask.keys() - every) | (named.keys() - mask)):
+            raise KeyError(f"only one of mask and weights has {sorted(wrong)}")
         for n in named if mask is not None else ():
             if mask[n].shape != named[n].shape:
                 raise ValueError(f"the mask of {n} has shape {tuple(mask[n].shape)}, its weight "
                                  f"{tuple(named[n].shape)}")
+            if mask[n].dtype != torch.bool and not ((mask[n] == 0) | (mask[n] == 1)).all():
+                raise ValueError(f"the mask of {n} has other values than 0 and 1")
         super().__init__(named.values(), lr, momentum, dampening,
                          weight_decay if mask is None else 0.0, nesterov, foreach=True)
         self.decay = weight_decay
-        self.mask = None if mask is None else {p: mask[n].to(p) for n, p in named.items()}
+        self.frozen = None if mask is None else {p: mask[n] == 0 for n, p in named.items()}
 
     def step(self, closure=None):
         loss = closure() if closure else None
-        if self.mask is not None:
-            params = [p for p in self.mask if p.grad is not None]
+        if self.frozen is not None:
+            params = [p for p in self.frozen if p.grad is not None]
             grads = [p.grad for p in params]
             with torch.no_grad():
                 torch._foreach_add_(grads, params, alpha=self.decay)
-                torch._foreach_mul_(grads, [self.mask[p] for p in params])
+                for p in params:  # not multiplied: zero times NaN would move a frozen weight
+                    p.grad.masked_fill_(self.frozen[p], 0)
         super().step()
         return loss
 
@@ -101,8 +108,9 @@ def sensitivity(model: nn.Module, images: Tensor, labels: Tensor | np.random.Gen
     never change. KeyError for `names` that are not of a Linear, Conv2d or LayerNorm, ValueError
     where images and labels differ in number.
     """
-    if isinstance(labels, Tensor) and len(labels) != len(images):
-        raise ValueError(f"{len(images)} images have {len(labels)} labels: they must be as many")
+    if chunk < 1 or not len(images) or isinstance(labels, Tensor) and len(labels) != len(images):
+        raise ValueError(f"{chunk=} must be at least 1, and the {len(images)} images, some, have "
+                         f"as many labels, not {len(labels) if isinstance(labels, Tensor) else 0}")
     weights = {n: p.detach() for n, p in model.named_parameters()} | (weights or {})
     total = {n: torch.zeros_like(weights[n], dtype=torch.float64)
              for n in (maskable(model) if names is None else names)}
@@ -125,6 +133,8 @@ def sensitivity(model: nn.Module, images: Tensor, labels: Tensor | np.random.Gen
             x = prepare(images[i:i + chunk], model).detach().requires_grad_()
             logp = torch.func.functional_call(model, weights, (x,)).log_softmax(1)
             y = labels[i:i + chunk] if isinstance(labels, Tensor) else _sample(logp, labels)
+            if isinstance(labels, Tensor):
+                refuse_labels(y, len(x), logp.shape[1])
             torch.autograd.grad(logp.gather(1, y[:, None]).sum(), x)
     finally:
         for hook in hooks:
@@ -184,18 +194,21 @@ def calibrate_mask(model: nn.Module, images: Tensor | list[Tensor], *, rule: str
     a share `participation` of the clients scores, and the server combines by "mean", "max" (of the
     scores per image) or "vote" (each client's own cut as a bitmap). `names` defaults to `maskable`.
     """
-    if rule not in RULES or not 0 <= sparsity <= 1 or rounds < 1 or (
-            combine not in ("mean", "max", "vote")):
-        raise ValueError(f"{rule=} must be one of {RULES}, {sparsity=} from 0 to 1, {rounds=} at "
-                         f"least 1, and {combine=} 'mean', 'max' or 'vote'")
-    weights = {n: model.get_parameter(n).detach()
-               for n in (maskable(model) if names is None else names)}
+    if rule not in RULES or not 0 <= sparsity <= 1 or rounds not in range(1, 10_000) or (
+            combine not in ("mean", "max", "vote")) or not 0 <= soft <= 1:
+        raise ValueError(f"{rule=} must be one of {RULES}, {sparsity=} and {soft=} from 0 to 1, "
+                         f"{rounds=} a number from 1, and {combine=} 'mean', 'max' or 'vote'")
+    every = {n: p.detach() for n, p in model.named_parameters()}
+    weights = {n: every[n] for n in (maskable(model) if names is None else names)}
     m, draw = sum(w.numel() for w in weights.values()), rng("mask", seed)
     if rule not in ("least_sensitive", "most_sensitive"):
         scores = _static_scores(rule, weights, draw)
         return unflat(lowest(scores, round((1 - sparsity) * m), draw), weights)
     clients = [images] if isinstance(images, Tensor) else images
     labels = [labels] if isinstance(images, Tensor) else labels or [None] * len(clients)
+    if len(labels) != len(clients) or not len(images):
+        raise ValueError(f"{len(clients)} clients with {len(images)} images or parts of them have "
+                         f"{len(labels)} lists of labels: as many, and some images, are needed")
     sign = 1 if rule == "least_sensitive" else -1
     active = torch.ones_like(flat(weights), dtype=torch.bool)
     for r in range(1, rounds + 1):
@@ -243,17 +256,12 @@ def composition(mask: Params) -> dict[str, list[int]]:
     return counts
 
 
-def overlap(a: Params, b: Params) -> float:
-    """Intersection over union of the True entries of two masks; 1 where neither has any."""
-    union = sum(int((a[n] | b[n]).sum()) for n in a)
-    return sum(int((a[n] & b[n]).sum()) for n in a) / union if union else 1.0
-
-
 # ------------------------------------------------------------------ task vectors
 def add(a: Params, b: Params) -> Params:
-    """Sum of two task vectors; KeyError unless both name the same weights."""
-    if a.keys() != b.keys():
-        raise KeyError(f"only one of the two has {sorted(a.keys() ^ b.keys())}")
+    """Sum of two task vectors; KeyError unless both name the same weights, in the same shapes."""
+    if wrong := [n for n in a.keys() | b.keys()
+                 if n not in a or n not in b or a[n].shape != b[n].shape]:
+        raise KeyError(f"only one of the two has {sorted(wrong)} in its shape")
     return {n: a[n] + b[n] for n in a}
 
 
@@ -275,19 +283,6 @@ def apply_vector(start: Params, vector: Params, alpha: float = 1.0) -> Params:
     return add(start, scale(vector, alpha))
 
 
-def drift(vectors: list[Params]) -> dict:
-    """How the task vectors of a cohort disagree: norms, pairwise cosines, sign-conflict rate.
-
-    In conflict is an entry that some clients raise and others lower, among those that any moves.
-    """
-    v = torch.stack([flat({n: d[n] for n in vectors[0]}) for d in vectors])
-    norms = v.norm(dim=1)
-    up, down = (v > 0).any(0), (v < 0).any(0)
-    conflict = (up & down).sum() / (up | down).sum().clamp(min=1)
-    cosine = (v @ v.T) / (norms[:, None] * norms).clamp(min=1e-30)
-    return dict(norms=norms.tolist(), cosine=cosine.tolist(), sign_conflict=conflict.item())
-
-
 # ------------------------------------------------------------------ federated averaging
 @dataclass(frozen=True)
 class Run:
@@ -306,6 +301,11 @@ class Run:
         return sum(int(c.sum()) for c in self.mask.values()) if self.mask else sum(
             p.numel() for p in self.trained.values())
 
+    @cached_property
+    def factors(self) -> Params | None:
+        """The mask as 0 and 1 in the weights' type, made once for all clients."""
+        return self.mask and {n: self.mask[n].to(p) for n, p in self.trained.items()}
+
     def load(self, params: Params):
         torch._foreach_copy_([p.data for p in self.trained.values()],
                              [params[n] for n in self.trained])
@@ -313,12 +313,14 @@ class Run:
 
 def cohort(num_clients: int, share: float, *key) -> np.ndarray:
     """max(1, round(share * K)) clients without replacement, drawn from (stream, seed, round)."""
+    if not 0 < share <= 1:
+        raise ValueError(f"{share=} of the clients must lie between 0 and 1")
     return rng(*key).choice(num_clients, max(1, round(share * num_clients)), replace=False)
 
 
 def batches(run: Run, order: np.ndarray, draw: np.random.Generator):
     """The images of `order` (indices) in augmented batches of B, with their labels."""
-    index = torch.from_numpy(order).to(run.data.images.device)
+    index = torch.from_numpy(order).to(run.data.images.device, non_blocking=True)
     for i in range(0, len(order), run.cfg.batch_size):
         batch = index[i:i + run.cfg.batch_size]
         yield augment(run.data.images[batch], draw), run.data.labels[batch]
@@ -377,7 +379,7 @@ def client_update(run: Run, state: State, k: int, lr: float) -> tuple[Params, Te
             torch._foreach_sub_(grads, own)
 
     run.load(state.params)
-    opt = SparseSGDM(run.trained.items(), lr, cfg.momentum, cfg.weight_decay, mask=run.mask)
+    opt = SparseSGDM(run.trained.items(), lr, cfg.momentum, cfg.weight_decay, mask=run.factors)
     draw, need = rng("client", cfg.seed, state.round, k), cfg.local_steps * cfg.batch_size
     passes = [draw.permutation(run.shards[k]) for _ in range(-(-need // len(run.shards[k])))]
     for images, labels in batches(run, np.concatenate([*passes, run.shards[k]])[:need], draw):
@@ -386,18 +388,25 @@ def client_update(run: Run, state: State, k: int, lr: float) -> tuple[Params, Te
     return dict(zip(run.trained, theta, strict=True)), loss / max(1, cfg.local_steps)
 
 
-def federated_round(run: Run, state: State) -> State:
+def ask_clients(run: Run, state: State, clients: list[int], lr: float) -> dict:
+    """Of each client that answers, in the cohort's order, a call for its `client_update`."""
+    return {k: partial(client_update, run, state, k, lr) for k in clients}
+
+
+def federated_round(run: Run, state: State, ask=ask_clients) -> State:
     """One round of FedAvg (McMahan et al. 2017, Algorithm 1): w <- w + sum_k n_k/n (w_k - w).
 
+    `ask` may have the clients train elsewhere; those that do not answer are left out, by name.
     Raises FloatingPointError, naming the clients, where a loss is not finite.
     """
     cfg, lr = run.cfg, learning_rate(run.cfg, state.round / run.cfg.num_rounds)
-    clients = cohort(cfg.num_clients, cfg.participation, "cohort", cfg.seed, state.round).tolist()
+    drawn = cohort(cfg.num_clients, cfg.participation, "cohort", cfg.seed, state.round).tolist()
+    clients = list(answers := ask(run, state, drawn, lr))
     total, (rank, world) = sum(len(run.shards[k]) for k in clients), ranks()
     mean, controls = {n: torch.zeros_like(w) for n, w in state.params.items()}, {}
     squares, losses = next(iter(mean.values())).new_zeros(2, len(clients))
     for i, k in list(enumerate(clients))[rank::world]:  # under torchrun each process has its share
-        vector, losses[i] = client_update(run, state, k, lr)
+        vector, losses[i] = answers[k]()
         torch._foreach_add_(list(mean.values()), list(vector.values()),
                             alpha=len(run.shards[k]) / total)
         squares[i] = squared_norm(vector)
@@ -410,14 +419,16 @@ def federated_round(run: Run, state: State) -> State:
     fedexp = squares.mean() / (2 * (squared_norm(mean) + 1e-12))  # Jhunjhunwala et al. 2023, eq. 8
     params, memory = server_step(cfg, state.params, mean, fedexp.clamp(min=1), memory)
     norms = torch.stack([squares.mean().sqrt(), squared_norm(mean).sqrt(), fedexp])
-    losses, norms = losses.tolist(), norms.tolist()  # the round's only wait for the device
-    watched = dict(zip(clients, losses, strict=True)) | {"norm of the task vectors": norms[0]}
+    # the round's only wait for the device:
+    *losses, client_norm, mean_norm, step = torch.cat([losses, norms]).tolist()
+    watched = dict(zip(clients, losses, strict=True)) | {"norm of the task vectors": client_norm}
     refuse_divergence(cfg, watched, state.round + 1, lr)
     sent = 4 * len(clients) * (1 + (cfg.algorithm == "scaffold"))  # bytes of an entry, in float32
     row = dict(round=state.round + 1, lr=lr, train_loss=sum(losses) / len(losses),
-               client_norm=norms[0], mean_norm=norms[1], fedexp_step=norms[2],
+               client_norm=client_norm, mean_norm=mean_norm, fedexp_step=step,
                bytes_up=sent * run.free, bytes_down=sent * run.free,
                bytes_dense=sent * sum(p.numel() for p in run.model.parameters()))
+    row |= dict(lost=[k for k in drawn if k not in answers]) if len(clients) < len(drawn) else {}
     return replace(state, params=params, memory=memory, round=row["round"],
                    history=(*state.history, row))
 
@@ -482,7 +493,7 @@ def centralized_epoch(run: Run, state: State) -> State:
     """One epoch over the training part, momentum carried on; the rate is set at every step."""
     cfg, draw = run.cfg, rng("epoch", run.cfg.seed, state.round)
     run.load(state.params)
-    opt = SparseSGDM(run.trained.items(), cfg.lr, cfg.momentum, cfg.weight_decay, mask=run.mask)
+    opt = SparseSGDM(run.trained.items(), cfg.lr, cfg.momentum, cfg.weight_decay, mask=run.factors)
     for n, buffer in state.memory.get("momentum", {}).items():
         opt.state[run.trained[n]]["momentum_buffer"] = buffer.clone()
     steps, loss = math.ceil(len(run.data.train) / cfg.batch_size), 0.0
@@ -535,8 +546,11 @@ def mask_of(cfg: Config, store: Store, data: Data, model: nn.Module, shards: lis
         model, [data.images[i] for i in index], chunk=chunk, **options))
 
 
-def open_run(cfg: Config, store: Store) -> tuple[Run, State]:
-    """Data, model, head, mask and shards of a run, and the state to go on from."""
+def open_run(cfg: Config, store: Store | None, head_of=head_of, mask_of=mask_of):
+    """A Run (data, model, head, mask and shards) and the State to go on from.
+
+    Without a store it is the first; a worker elsewhere has its head and mask from the server.
+    """
     data, model = load_data(cfg), build_model(cfg)
     names, mask = [n for n, _ in model.named_parameters()], None
     facts, labels = dict(backbone=digest(backbone(model))), data.labels.cpu().numpy()[data.train]
@@ -559,7 +573,8 @@ def open_run(cfg: Config, store: Store) -> tuple[Run, State]:
         p.requires_grad_(n in names)
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     start = State({n: p.detach().clone() for n, p in trained.items()})
-    return Run(cfg, data, model, trained, mask, shards, facts), store.resume(cfg) or start
+    state = store.resume(cfg, start.params) if store else None
+    return Run(cfg, data, model, trained, mask, shards, facts), state or start
 
 
 def assess(run: Run, state: State) -> State:
@@ -577,10 +592,10 @@ def assess(run: Run, state: State) -> State:
     return state
 
 
-def fold(run: Run, store: Store, state: State) -> State:
+def fold(run: Run, store: Store, state: State, step=None) -> State:
     """Rounds (or epochs) until the run's length, stored on the way, at a stop and at the end."""
     cfg, saved = run.cfg, (state.round, time.monotonic())
-    step = centralized_epoch if cfg.algorithm == "centralized" else federated_round
+    step = step or (centralized_epoch if cfg.algorithm == "centralized" else federated_round)
     with tqdm(total=cfg.length, initial=state.round, desc=run_name(cfg), leave=False,
               disable=ranks()[0] > 0) as bar:
         try:
@@ -603,25 +618,41 @@ def fold(run: Run, store: Store, state: State) -> State:
     return state
 
 
-def train(cfg: Config, store: Store | None = None, test: bool = True) -> dict:
+def train(cfg: Config, store: Store | None = None, test: bool = True, step=None) -> dict:
     """The run's result: found in the store, or trained from where it stopped, then stored.
 
     `status` is "finished", "diverged" (the loss was not finite; `error` says where), "interrupted"
     (stopped by hand; call again to go on) or "missing" (in a frozen store). The test set is read
-    once, by the weights that were best on validation, and not at all with `test=False`.
+    once, by the weights that were best on validation, and not at all with `test=False`. `step` may
+    be a `federated_round` whose clients train elsewhere.
     """
+    if not isinstance(cfg, Config):
+        raise TypeError(f"{cfg!r} is no Config")
     if cfg.algorithm == "centralized" and ranks()[1] > 1:
         raise ValueError(f"algorithm='centralized' has no clients for {ranks()[1]} processes to "
                          "share: start it in one, without torchrun")
     store = store or Store()
+    if result := stored_result(cfg, store, test):
+        return result
+    try:
+        with store.lock(cfg):  # another process may have trained it meanwhile
+            return stored_result(cfg, store, test) or train_now(cfg, store, test, step)
+    except KeyboardInterrupt:  # in the rounds `fold` stops by itself
+        return dict(run=run_name(cfg), status="interrupted", round=0)
+
+
+def stored_result(cfg: Config, store: Store, test: bool) -> dict | None:
+    """The result, where there is no more to be done for it."""
     result = store.result(cfg)
     if store.frozen or result and (result["status"] == "diverged" or "test" in result or not test):
         return result or dict(run=run_name(cfg), status="missing", round=0)
-    try:
-        run, state = open_run(cfg, store)
-    except KeyboardInterrupt:
-        return dict(run=run_name(cfg), status="interrupted", round=0)
-    state = fold(run, store, state)
+    return None
+
+
+def train_now(cfg: Config, store: Store, test: bool, step=None) -> dict:
+    """`train` of what is not stored, from the newest checkpoint on."""
+    run, state = open_run(cfg, store)
+    state = fold(run, store, state, step)
     if state.round < cfg.length and not state.error:
         return dict(run=run_name(cfg), status="interrupted", round=state.round)
     result = dict(run=run_name(cfg), status="diverged" if state.error else "finished",
@@ -629,7 +660,7 @@ def train(cfg: Config, store: Store | None = None, test: bool = True) -> dict:
                   history=state.history, best_round=state.best_round, seconds=state.seconds,
                   device=str(device()), hardware=hardware(),
                   versions={p: version(p) for p in ("torch", "torchvision", "timm", "numpy")},
-                  code=code_version())
+                  python=python_version(), threads=torch.get_num_threads(), code=code_version())
     if test and not state.error:
         run.load(state.best)
         result["test"] = evaluate(run.model, run.data.test_images[:cfg.eval_images],

@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils import open_store, preset, ranks, train  # noqa: E402
+from utils import Config, open_store, preset, ranks, train  # noqa: E402
 
 
 def value(text: str):
@@ -23,8 +23,12 @@ def value(text: str):
         return text
 
 
+def configure(name: str, *changes: str) -> Config:
+    return preset(name, **{k: value(v) for k, _, v in (c.partition("=") for c in changes)})
+
+
 def main(name: str, *changes: str):
-    cfg = preset(name, **{k: value(v) for k, _, v in (c.partition("=") for c in changes)})
+    cfg = configure(name, *changes)
     result = train(cfg, open_store(name))
     if ranks()[0] == 0:
         test = f", test {result['test']['top1']:.2%}" if "test" in result else ""

@@ -9,6 +9,7 @@ import math
 import os
 import platform
 import warnings
+import zipfile
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache, partial
@@ -33,6 +34,7 @@ NOTES: set[str] = set()  # what every figure and summary must say of its data
 # ------------------------------------------------------------------ configuration
 RULES = ("least_sensitive", "most_sensitive", "lowest_magnitude", "highest_magnitude", "random",
          "query_key")
+Name = Annotated[str, Field(pattern=r"^([\w+=-][\w.+=-]*)?$", max_length=200)]  # of a file
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -46,11 +48,11 @@ class Config:
     `dataclasses.replace` makes grids. Raises ValueError (pydantic's ValidationError) naming the
     field, its value and what is allowed.
     """
-    name: Annotated[str, Field(pattern=r"^[\w.+=-]*$")] = ""  # results/<name>.json; "" derives it
+    name: Name = ""  # results/<name>.json; "" derives it
     # data and model
     dataset: Literal["cifar100", "synthetic"] = "cifar100"
     arch: Literal["", "vits16", "mini"] = ""  # "" follows the weights
-    weights: str = "dino"                  # "dino", "mini", "none" or a path
+    weights: Annotated[str, Field(min_length=1)] = "dino"  # "dino", "mini", "none" or a path
     image_size: Count = 224
     val_fraction: Share = 0.1
     eval_images: Count | None = None       # None evaluates on all of validation or test
@@ -172,6 +174,8 @@ def rng(stream: str, *key: int) -> np.random.Generator:
 
     The stream's number leads because numpy drops trailing zeros: (7, 3) and (7, 3, 0) draw alike.
     """
+    if stream not in STREAMS or any(k < 0 for k in key):
+        raise ValueError(f"{stream=} is not in tuple {STREAMS}, or its {key=} is negative")
     return np.random.default_rng((STREAMS.index(stream), *key))
 
 
@@ -256,10 +260,11 @@ def _read(dataset: str, folder: str, where: torch.device) -> list[Tensor]:
 def _synthetic(per_class: int) -> tuple[Tensor, Tensor]:
     """100 classes, each a smooth random pattern under noise: learnable, nothing to download."""
     patterns = torch.from_numpy(rng("synthetic", 0).normal(size=(100, 3, 4, 4)))
-    patterns = F.interpolate(patterns, size=32, mode="bicubic")
-    noise = torch.from_numpy(rng("synthetic", per_class).normal(size=(100, per_class, 3, 32, 32)))
-    images = (128 + 40 * patterns[:, None] + 40 * noise).clamp(0, 255).to(torch.uint8)
-    return images.flatten(0, 1), torch.arange(100).repeat_interleave(per_class)
+    patterns, draw = F.interpolate(patterns, size=32, mode="bicubic"), rng("synthetic", per_class)
+    noise = (torch.from_numpy(draw.normal(size=(per_class, 3, 32, 32))) for _ in patterns)
+    images = torch.cat([(128 + 40 * p + 40 * n).clamp(0, 255).to(torch.uint8)
+                        for p, n in zip(patterns, noise, strict=True)])
+    return images, torch.arange(100).repeat_interleave(per_class)
 
 
 def split(labels: np.ndarray, val_fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -267,6 +272,9 @@ def split(labels: np.ndarray, val_fraction: float, seed: int) -> tuple[np.ndarra
 
     Raises ValueError where a class would be left without a training or a validation image.
     """
+    if np.ndim(labels) != 1 or len(labels) == 0 or not 0 < val_fraction < 1:
+        raise ValueError(f"{val_fraction=} must lie between 0 and 1, and labels of shape "
+                         f"{np.shape(labels)} be a list of some")
     draw, parts = rng("split", seed), ([], [])
     for c in np.unique(labels):
         members = draw.permutation(np.flatnonzero(labels == c))
@@ -288,6 +296,10 @@ def shard(labels: np.ndarray, num_clients: int, classes_per_client: int | None =
     Raises ValueError where the numbers leave a class unowned or a client without its classes.
     """
     draw, labels = rng("shards", seed), np.asarray(labels)
+    if labels.ndim != 1 or not all(isinstance(k, int | np.integer | None)
+                                   for k in (num_clients, classes_per_client)):
+        raise TypeError(f"{num_clients=} and {classes_per_client=} must be whole numbers, and "
+                        f"labels of shape {labels.shape} have one dimension")
     classes, counts = np.unique(labels, return_counts=True)
     per_client, n = 1 if classes_per_client is None else classes_per_client, len(classes)
     if not 1 <= num_clients <= len(labels) or not 1 <= per_client <= n or (
@@ -300,19 +312,58 @@ def shard(labels: np.ndarray, num_clients: int, classes_per_client: int | None =
     owned = np.zeros((num_clients, n), bool)
     for k in range(num_clients):  # each takes the classes with the fewest owners, ties drawn
         owned[k, np.lexsort((draw.random(n), owned.sum(0)))[:per_client]] = True
-    shards, owed = [[] for _ in range(num_clients)], np.zeros(num_clients)
-    for c, count, held in zip(classes, counts, owned.T, strict=True):
+    sizes, owed, parts = np.zeros((num_clients, n), int), np.zeros(num_clients), []
+    for c, count, held in zip(range(n), counts, owned.T, strict=True):
         owners = draw.permutation(np.flatnonzero(held))
         if len(owners) > count:
             raise ValueError(f"{num_clients=} with {classes_per_client=} makes {len(owners)} "
-                             f"clients share the {count} images of class {c}: lower one of them")
+                             f"clients share the {count} images of class {classes[c]}: lower one "
+                             "of them")
         owed[owners] += count / len(owners)
         owners = owners[np.argsort(-owed[owners], kind="stable")]  # array_split's first are longer
-        members = draw.permutation(np.flatnonzero(labels == c))
-        for k, part in zip(owners, np.array_split(members, len(owners)), strict=True):
+        parts.append((owners, draw.permutation(np.flatnonzero(labels == classes[c]))))
+        sizes[owners, c] = count // len(owners) + (np.arange(len(owners)) < count % len(owners))
+        owed -= sizes[:, c]
+    even_out(sizes, owned)
+    shards = [[] for _ in range(num_clients)]
+    for c, (owners, members) in enumerate(parts):
+        cuts = np.split(members, np.cumsum(sizes[owners, c])[:-1])
+        for k, part in zip(owners, cuts, strict=True):
             shards[k].append(part)
-            owed[k] -= len(part)
     return [np.concatenate(s) for s in shards]
+
+
+def even_out(sizes: np.ndarray, owned: np.ndarray):
+    """Rounds the sizes (clients, classes) so that clients' totals are as even as they can be.
+
+    Owners of a class differ by at most one image there, and may swap who has the longer part. Along
+    a chain of such swaps a client gives one image to one that has at least two fewer in total.
+    """
+    low = np.where(owned, sizes, sizes.max(initial=0)).min(0)
+    while chain := _chain(sizes.sum(1), owned & (sizes > low), owned & (sizes == low)):
+        for giver, taker, c in chain:
+            sizes[giver, c] -= 1
+            sizes[taker, c] += 1
+
+
+def _chain(total: np.ndarray, longer: np.ndarray, shorter: np.ndarray) -> list[tuple]:
+    """The shortest swaps (giver, taker, class) from a client to one with two fewer, or none."""
+    for first in np.argsort(-total, kind="stable"):
+        if total[first] - total.min() < 2:
+            break
+        queue, came = [first], {first: None}
+        for k in queue:  # breadth first
+            swaps = longer[k] & shorter
+            for taker in np.flatnonzero(swaps.any(1)):
+                if taker not in came:
+                    came[taker] = (k, taker, swaps[taker].argmax())
+                    queue.append(taker)
+        if ends := [k for k in queue if total[k] <= total[first] - 2]:
+            chain = [came[ends[0]]]
+            while came[chain[-1][0]]:
+                chain.append(came[chain[-1][0]])
+            return chain
+    return []
 
 
 def augment(images: Tensor, draw: np.random.Generator, pad: int = 4) -> Tensor:
@@ -340,6 +391,9 @@ def prepare(images: Tensor, model: nn.Module) -> Tensor:
     """
     if images.is_floating_point():
         return images
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"images of shape {tuple(images.shape)} and type {images.dtype} must be "
+                         "uint8 (n, 3, height, width)")
     mean, std = _imagenet(images.device)
     x, size = images.float().div_(255), model.patch_embed.img_size
     if x.shape[2:] != size:
@@ -358,7 +412,7 @@ HEAD = ("head.weight", "head.bias")
 def build_model(cfg: Config, num_classes: int = 100) -> nn.Module:
     """A ViT with its pre-trained backbone, position embedding resampled, and a new head.
 
-    Raises KeyError or RuntimeError unless exactly the backbone's weights are found, all in shape.
+    Raises ValueError unless exactly the backbone's weights are found, all in shape.
     """
     arch = ARCHS[cfg.arch or ("mini" if cfg.weights == "mini" else "vits16")]
     if cfg.image_size % (patch := arch.get("patch_size", 16)):
@@ -368,9 +422,12 @@ def build_model(cfg: Config, num_classes: int = 100) -> nn.Module:
         model = timm.create_model(**arch, img_size=cfg.image_size, num_classes=num_classes)
     if cfg.weights != "none":
         state = {n: w for n, w in _read_weights(cfg.weights).items() if not n.startswith("head.")}
-        state["pos_embed"] = timm.layers.resample_abs_pos_embed(
-            state["pos_embed"], model.patch_embed.grid_size, num_prefix_tokens=1)
-        model.load_state_dict(state | {n: model.get_parameter(n) for n in HEAD})  # strict
+        try:
+            state["pos_embed"] = timm.layers.resample_abs_pos_embed(
+                state["pos_embed"], model.patch_embed.grid_size, num_prefix_tokens=1)
+            model.load_state_dict(state | {n: model.get_parameter(n) for n in HEAD})  # strict
+        except (KeyError, RuntimeError, IndexError, AssertionError) as error:
+            raise ValueError(f"the weights {cfg.weights!r} do not fit {arch}: {error}") from error
     return model.to(device())
 
 
@@ -378,10 +435,8 @@ def _read_weights(source: str) -> Params:
     """Backbone weights in float32: "dino", "mini", or a .safetensors, .pth or .pt file."""
     path = str(ROOT / "weights" / "mini.safetensors") if source == "mini" else source
     if path != "dino":
-        load = safetensors.torch.load_file if path.endswith(".safetensors") else partial(
-            torch.load, map_location="cpu", weights_only=True)
-        return {n: w.float() for n, w in load(path).items()}
-    errors = []
+        return _read_file(path)
+    errors = []  # neither place publishes a checksum to pin; a result stores its backbone's SHA-256
     for download in (lambda: timm.create_model("vit_small_patch16_224.dino", pretrained=True,
                                                num_classes=0).state_dict(),
                      lambda: torch.hub.load_state_dict_from_url(DINO, map_location="cpu",
@@ -394,6 +449,35 @@ def _read_weights(source: str) -> Params:
         "DINO's weights cannot be downloaded. Connect to the network and run again; or put "
         f"{DINO.rpartition('/')[2]} on disk and set weights='<its path>'; or use the small ViT of "
         f"this repository, preset('demo'). Tried: {'; '.join(errors)}")
+
+
+def _read_file(path: str) -> Params:
+    """Weights of a file that may come from anyone, in float32: nothing in it is executed.
+
+    Raises ValueError naming the file where it holds anything but finite floating-point weights, or
+    would take more memory than it has bytes (a bomb: neither format compresses).
+    """
+    size = os.path.getsize(path)
+    load = safetensors.torch.load_file if path.endswith(".safetensors") else partial(
+        torch.load, map_location="cpu", weights_only=True)
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if (unpacked := sum(part.file_size for part in archive.infolist())) > size:
+                    raise ValueError(f"it would unpack to {unpacked} bytes from {size}")
+        weights = load(path)
+    except Exception as error:  # the readers raise many kinds
+        raise ValueError(f"{path} is not a file of weights: {error}") from error
+    if not isinstance(weights, dict) or not weights:
+        raise ValueError(f"{path} holds a {type(weights).__name__}, not weights by name")
+    for n, w in weights.items():
+        if not isinstance(n, str) or not isinstance(w, Tensor) or not w.is_floating_point() or (
+                w.device.type != "cpu" or w.layout != torch.strided):
+            raise ValueError(f"{path} holds {n!r}, which is no floating-point weight")
+        if w.numel() * w.element_size() > size or not w.isfinite().all():
+            raise ValueError(f"{path} holds {n!r} {tuple(w.shape)}, which is larger than the file "
+                             "or not finite")
+    return {n: w.float() for n, w in weights.items()}
 
 
 def backbone(model: nn.Module) -> Params:
@@ -409,18 +493,31 @@ def features(model: nn.Module, images: Tensor, batch: int = 500) -> Tensor:
                                              pre_logits=True) for x in images.split(batch)])
 
 
+def refuse_labels(labels: Tensor, n: int, classes: int):
+    """ValueError unless there are n labels, n at least 1, all of them 0 to classes - 1."""
+    if len(labels) != n or not n:
+        raise ValueError(f"{n} images have {len(labels)} labels: they must be as many, and some")
+    if labels.min() < 0 or labels.max() >= classes:
+        raise ValueError(f"labels from {labels.min()} to {labels.max()} must be 0 to {classes - 1}")
+
+
 def ridge_sums(x: Tensor, labels: Tensor, num_classes: int = 100) -> tuple[Tensor, Tensor]:
     """X'X (d+1, d+1) and X'Y (d+1, classes) in float64: all that a client tells of its data."""
+    refuse_labels(labels, len(x), num_classes)
     x = torch.cat([x.double(), x.new_ones(len(x), 1).double()], 1)
     return x.T @ x, x.T @ F.one_hot(labels, num_classes).double()
 
 
 def ridge_from_sums(sums: list[tuple[Tensor, Tensor]], l2: float) -> Params:
     """The ridge head of all clients' data together, from their `ridge_sums`; the bias is free."""
+    if not 0 < l2 < math.inf:
+        raise ValueError(f"{l2=} must be positive")
     gram, target = (sum(part) for part in zip(*sums, strict=True))
     penalty = torch.full_like(gram[0], l2)
     penalty[-1] = 0
     w = torch.linalg.solve(gram + penalty.diag(), target)
+    if not w.isfinite().all():
+        raise ValueError("the ridge head is not finite: are the features?")
     return dict(zip(HEAD, (w[:-1].T.contiguous(), w[-1]), strict=True))
 
 
@@ -432,11 +529,15 @@ def ridge_head(x: Tensor, labels: Tensor, l2: float, num_classes: int = 100) -> 
 def sharpen(head: Params, x: Tensor, labels: Tensor) -> Params:
     """The head times the power of two with the lowest cross-entropy on features x (n, d).
 
-    Regression fits 0 and 1, not logits: the softmax of such numbers is close to uniform.
+    Regression fits 0 and 1, not logits: the softmax of such numbers is close to uniform. Where the
+    features fit perfectly no factor is too large, and the first step in training explodes:
+    factors that leave other classes less than a tenth of the probability are out.
     """
     logits = x.double() @ head[HEAD[0]].T + head[HEAD[1]]
     factors = 2.0 ** torch.arange(10)
-    losses = torch.stack([F.cross_entropy(s * logits, labels) for s in factors.tolist()])
+    nll = torch.stack([F.cross_entropy(s * logits, labels, reduction="none")
+                       for s in factors.tolist()])
+    losses = nll.mean(1).where((-nll).exp().mean(1) <= 0.9, math.inf)
     return {n: w * factors[losses.argmin()] for n, w in head.items()}
 
 
@@ -458,6 +559,7 @@ NO_CONTEXT = nullcontext()
 def evaluate(model: nn.Module, images: Tensor, labels: Tensor, batch: int = 500,
              context=NO_CONTEXT) -> dict:
     """Mean loss, top-1, top-5 and per-class accuracy (shares of 1) on uint8 images (n, 3, h, w)."""
+    refuse_labels(labels, len(images), torch.iinfo(torch.int64).max)
     model.eval()
     rank, world = ranks()
     with torch.inference_mode(), context:
@@ -465,6 +567,7 @@ def evaluate(model: nn.Module, images: Tensor, labels: Tensor, batch: int = 500,
                  torch.zeros(len(x), model.num_classes, device=x.device)
                  for i, x in enumerate(images.split(batch))]
         sum_over_ranks(logits := torch.cat(parts))
+        refuse_labels(labels, len(images), logits.shape[1])
         hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
         count = partial(torch.bincount, labels, minlength=logits.shape[1])
         per_class = zip(count(hits[:, 0].double()).tolist(), count().tolist(), strict=True)

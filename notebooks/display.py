@@ -26,13 +26,14 @@ from notebooks.basics import (
     PRESETS,
     ROOT,
     Config,
+    Params,
     evaluate,
     hardware,
     identity,
     run_name,
 )
 from notebooks.store import Store
-from utils import apply_vector, client_update, cohort, drift, open_run, overlap, train
+from utils import apply_vector, client_update, cohort, flat, open_run, train
 
 
 def train_all(cfgs: list[Config], store: Store, test: bool = True):
@@ -41,6 +42,19 @@ def train_all(cfgs: list[Config], store: Store, test: bool = True):
         if train(cfg, store, test)["status"] == "interrupted":
             print(f"Stopped within {run_name(cfg)}: run this cell again to go on from there.")
             break
+
+
+def drift(vectors: list[Params]) -> dict:
+    """How the task vectors of a cohort disagree: norms, pairwise cosines, sign-conflict rate.
+
+    In conflict is an entry that some clients raise and others lower, among those that any moves.
+    """
+    v = torch.stack([flat({n: d[n] for n in vectors[0]}) for d in vectors])
+    norms = v.norm(dim=1)
+    up, down = (v > 0).any(0), (v < 0).any(0)
+    conflict = (up & down).sum() / (up | down).sum().clamp(min=1)
+    cosine = (v @ v.T) / (norms[:, None] * norms).clamp(min=1e-30)
+    return dict(norms=norms.tolist(), cosine=cosine.tolist(), sign_conflict=conflict.item())
 
 
 def diagnose(cfg: Config, store: Store, alphas=(0.0, 0.5, 1.0, 1.5, 2.0, 3.0)) -> dict:
@@ -60,6 +74,14 @@ def diagnose(cfg: Config, store: Store, alphas=(0.0, 0.5, 1.0, 1.5, 2.0, 3.0)) -
             losses.append(found["loss"])
         return drift(vectors) | dict(clients=clients.tolist(), alphas=alphas, losses=losses)
     return store.cached("drift", dict(identity(cfg), alphas=alphas), compute)
+
+
+def overlap(a: Params, b: Params) -> float:
+    """Intersection over union of the True entries of two masks; 1 where neither has any."""
+    if a.keys() != b.keys():
+        raise KeyError(f"only one of the two masks has {sorted(a.keys() ^ b.keys())}")
+    union = sum(int((a[n] | b[n]).sum()) for n in a)
+    return sum(int((a[n] & b[n]).sum()) for n in a) / union if union else 1.0
 
 
 def overlaps(cfgs: list[Config], store: Store) -> dict:
@@ -121,7 +143,8 @@ def open_store(preset_name: str, drive: Path | None = None) -> Store:
 
 def stored(store: Store, **wanted) -> list[Config]:
     """Configurations of the stored results whose fields have the `wanted` values."""
-    configs = [json.loads(store.read(n))["config"] for n in store.names("*.json")]
+    results = [json.loads(c) for c in map(store.find, store.names("*.json")) if c]
+    configs = [r["config"] for r in results if "config" in r]
     return [Config(**c) for c in configs if all(c[k] == v for k, v in wanted.items())]
 
 
@@ -266,6 +289,7 @@ class Panel:
     status: widgets.HTML
     picture: widgets.HTML
     table: widgets.HTML
+    listed: list[str] | None = None  # the results in the table
 
     def chosen(self) -> dict:
         return {name: self.options[name][control.index] if name in self.options else control.value
@@ -273,9 +297,8 @@ class Panel:
 
     def told(self) -> str:
         """The choice in words."""
-        return ", ".join(f"{control.description} {control.label if name in self.options else v}"
-                         for (name, v), control in zip(self.chosen().items(),
-                                                       self.controls.values(), strict=True))
+        return " · ".join(f"{c.description}: {c.label if name in self.options else c.value}"
+                          for name, c in self.controls.items())
 
     @property
     def cfg(self) -> Config:
@@ -288,18 +311,21 @@ class Panel:
 
     def look(self, change=None):
         """Shows what is stored of the choice; a choice that cannot be is told, not raised."""
+        if self.listed != self.store.names("*.json"):
+            self.tabulate()
         try:
             cfg = self.cfg
             found = progress(cfg, self.store)
-            text = f"{self.told()}: {describe(cfg, found)}"
+            text = f"{self.told()} — {describe(cfg, found)}"
             self.picture.value = curve(cfg, found)
         except ValueError as error:
             text, self.picture.value = f"This cannot be run: {error}", ""
         self.status.value = f'<div role="status">{html.escape(text)}</div>'
 
-    def tabulate(self, change=None):
+    def tabulate(self):
         """Lists the stored runs, and learns from them how long a step takes here."""
-        results = [json.loads(self.store.read(n)) for n in self.store.names("*.json")]
+        self.listed = self.store.names("*.json")
+        results = [json.loads(self.store.read(n)) for n in self.listed]
         for result in results:
             cfg, rounds = Config(**result["config"]), len(result["history"])
             if result["hardware"] == hardware() and cfg.local_steps and rounds:
@@ -314,7 +340,6 @@ class Panel:
     def run(self, test: bool = True):
         """Trains what is missing of the chosen run. Stop the cell at will; rerun it to go on."""
         train_all([self.cfg], self.store, test)
-        self.tabulate()
         self.look()
         print(describe(self.cfg, progress(self.cfg, self.store)))
 
@@ -342,10 +367,7 @@ def panel(make: Callable[..., Config], first: dict, drive: Path | None = None, *
     menus = {n: v for n, v in options.items() if not isinstance(v, range)}
     made = Panel(make, drive, menus, controls, *(widgets.HTML() for _ in range(3)))
     for name, control in controls.items():
-        if name == "preset":
-            control.observe(made.tabulate, "index")
         control.observe(made.look, "index" if name in menus else "value")
-    made.tabulate()
     made.look()
     return made
 

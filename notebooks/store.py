@@ -1,9 +1,11 @@
 """Where runs live: the state of a run, its checkpoints, its result, and what is worth keeping."""
 import hashlib
 import json
+import math
 import os
 import warnings
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import safetensors.torch
@@ -40,8 +42,8 @@ class Store:
     """Where runs live: root/<run>.json, root/checkpoints/<run>/ and root/cache/ (masks, heads).
 
     A file is written beside its place, synced and renamed: a cut leaves the old one or the new one.
-    With a `drive` every file is copied there too, and looked for there; what could not be copied is
-    tried again with the next.
+    With a `drive` every file is copied there too, and of two copies the sound one is read; what
+    could not be copied is tried again with the next. No date is read: clocks may go backwards.
     """
     root: Path = field(default_factory=lambda: Path(os.environ.get("RESULTS_DIR") or "results"))
     drive: Path | None = None
@@ -49,48 +51,123 @@ class Store:
     frozen: bool = False  # only what is stored: nothing is trained or computed
     late: set[str] = field(default_factory=set)  # not on the drive yet
 
+    def __post_init__(self):
+        self.root = Path(self.root)
+        if not 0 <= self.minutes < math.inf:
+            raise ValueError(f"minutes={self.minutes} between two checkpoints must be at least 0")
+        if not self.drive or self.frozen or ranks()[0]:
+            return
+        try:  # never made again later: a folder in place of a lost mount would block it
+            Path(self.drive).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            warnings.warn(f"no drive for now: {error}", stacklevel=3)
+        for kind in ("cache/*.safetensors", "checkpoints/*/*.safetensors", "notes/*.json",
+                     "*.json"):  # an earlier process may have died before it could copy them
+            for name in self.names(kind):
+                here, there = (_size(path) for path in self.places(name))
+                self.late |= {name} if here is not None and here != there else set()
+        self.sync()
+
     def places(self, name: str) -> list[Path]:
         return [Path(folder) / name for folder in (self.root, self.drive) if folder]
 
     def names(self, pattern: str) -> list[str]:
-        return sorted({str(f.relative_to(p)) for p in self.places("") for f in p.glob(pattern)})
-
-    def read(self, name: str) -> bytes:
-        """The file's content, from the drive where `root` has none; FileNotFoundError without."""
-        return next((p for p in self.places(name) if p.exists()), Path(name)).read_bytes()
+        """What any place has; one that fails counts as empty."""
+        found = set()
+        for place in self.places(""):
+            try:
+                found |= {str(f.relative_to(place)) for f in place.glob(pattern)}
+            except OSError as error:
+                warnings.warn(f"{place} cannot be listed: {error}", stacklevel=2)
+        return sorted(found)
 
     def find(self, name: str) -> bytes | None:
-        return self.read(name) if self.names(name) else None
+        """The first sound copy of a file, `root` before the drive; None without one."""
+        for path in self.places(name):
+            try:
+                content = path.read_bytes()
+                refuse_damaged(name, content)
+                return content
+            except FileNotFoundError:
+                continue
+            except (OSError, ValueError) as error:
+                warnings.warn(f"{path} is damaged or unreadable, trying another copy or an older "
+                              f"file: {error}", stacklevel=2)
+        return None
+
+    def read(self, name: str) -> bytes:
+        """As `find`; FileNotFoundError where no place has a sound copy."""
+        if (content := self.find(name)) is None:
+            raise FileNotFoundError(f"no sound copy of {name} in {self.places('')}")
+        return content
 
     def write(self, name: str, content: bytes):
+        """To `root`, then to the drive what it lacks; OSError where `root` takes nothing."""
         if ranks()[0]:  # under torchrun one process does all the writing
             return
         _replace(self.places(name)[0], content)
         self.late |= {name} if self.drive else set()
+        self.sync()
+
+    def sync(self):
+        """Copies to the drive what it lacks; what fails is tried again with the next file."""
         for waiting in sorted(self.late, key=lambda n: n.endswith(".json")):  # results last
             try:
-                _replace(self.places(waiting)[1], self.places(waiting)[0].read_bytes())
+                self._copy(waiting)
                 self.late.discard(waiting)
-            except OSError as error:
+            except (OSError, ValueError) as error:
                 warnings.warn(f"{waiting} is only in {self.root} for now: {error}", stacklevel=2)
+
+    def _copy(self, name: str):
+        """A file of `root` to the drive, unless it is gone or damaged since."""
+        here, there = self.places(name)
+        if here.exists():
+            refuse_damaged(name, content := here.read_bytes())
+            if not Path(self.drive).is_dir():
+                raise FileNotFoundError(f"{self.drive} is gone")
+            _replace(there, content)
 
     def delete(self, name: str):
         if ranks()[0]:
             return
         self.late.discard(name)
-        for path in filter(Path.exists, self.places(name)):
+        for path in self.places(name):
             try:
-                os.truncate(path, 0)  # Drive's bin keeps a deleted file's size
-                path.unlink()
+                if path.exists():
+                    os.truncate(path, 0)  # Drive's bin keeps a deleted file's size
+                    path.unlink()
             except OSError as error:  # no reason to stop a run
                 warnings.warn(f"{path} cannot be deleted: {error}", stacklevel=2)
+
+    @contextmanager
+    def lock(self, cfg: Config):
+        """Waits until no other process on this machine trains the run; frees its stale files.
+
+        The lock dies with its process. A file system without locks warns: two processes then do
+        the same work, and write the same bytes.
+        """
+        folder = self.places(f"checkpoints/{run_name(cfg)}")[0]
+        with ExitStack() as stack:
+            try:
+                if ranks()[0] == 0:
+                    folder.mkdir(parents=True, exist_ok=True)
+                    _lock(stack.enter_context(open(folder / "lock", "a")), run_name(cfg))
+            except OSError as error:
+                warnings.warn(f"{folder} cannot be locked ({error}): start this run in one process "
+                              "only", stacklevel=3)
+            for pattern in (f"checkpoints/{run_name(cfg)}/*.part", f"{run_name(cfg)}.json.*.part"):
+                for part in self.names(pattern):  # of writers that were killed
+                    self.delete(part)
+            yield
 
     def result(self, cfg: Config) -> dict | None:
         """The stored result of this run, if any; ValueError where the name holds another run."""
         content = from_rank_0(lambda: self.find(f"{run_name(cfg)}.json"))
         if content is None:
             return None
-        result = json.loads(content)
+        result = parse(content)
+        if missing := {"identity", "status", "config", "history"} - result.keys():
+            raise ValueError(f"{run_name(cfg)}.json is no result of a run, it has no {missing}")
         _refuse_other(cfg, result["identity"])
         return result
 
@@ -99,40 +176,47 @@ class Store:
         groups = {"params": state.params, **state.memory}
         groups |= {"best": state.best} if state.best_round != state.round else {}
         card = {k: getattr(state, k) for k in ("round", "history", "best_round", "seconds")}
-        content = safetensors.torch.save(
-            {f"{group}:{n}": w.contiguous() for group, params in groups.items()
-             for n, w in (params or {}).items()},
-            {"card": json.dumps(card | {"identity": identity(cfg), "names": list(state.params)})})
+        content = pack({f"{group}:{n}": w for group, params in groups.items()
+                        for n, w in (params or {}).items()},
+                       card=json.dumps(card | {"identity": identity(cfg),
+                                               "names": list(state.params)}))
         folder, sha = f"checkpoints/{run_name(cfg)}", hashlib.sha256(content).hexdigest()
         self.write(f"{folder}/{state.round:07d}_{sha}.safetensors", content)
         for old in self.names(f"{folder}/*.safetensors")[:-keep]:
             self.delete(old)
 
-    def newest(self, folder: str) -> bytes | None:
-        """The newest checkpoint in the folder that has the SHA-256 of its name."""
+    def newest(self, folder: str) -> tuple[str, bytes] | None:
+        """Name and content of the newest checkpoint that has the SHA-256 of its name."""
         for name in reversed(self.names(f"{folder}/*.safetensors")):
-            content = self.read(name)
-            if name.endswith(f"_{hashlib.sha256(content).hexdigest()}.safetensors"):
-                return content
-            warnings.warn(f"{name} is damaged: trying an older checkpoint", stacklevel=3)
+            if (content := self.find(name)) is not None:
+                return name, content
         return None
 
-    def resume(self, cfg: Config) -> State | None:
-        """The newest checkpoint that verifies; ValueError where the name holds another run."""
-        content = from_rank_0(lambda: self.newest(f"checkpoints/{run_name(cfg)}"))
-        if content is None:
+    def resume(self, cfg: Config, like: Params | None = None) -> State | None:
+        """The newest checkpoint that verifies; ValueError where the name holds another run, or
+        weights of other names, shapes or types than those of `like`."""
+        found = from_rank_0(lambda: self.newest(f"checkpoints/{run_name(cfg)}"))
+        if found is None:
             return None
-        header = json.loads(content[8:8 + int.from_bytes(content[:8], "little")])
-        card = json.loads(header["__metadata__"]["card"])
-        _refuse_other(cfg, card.pop("identity"))
-        loaded, groups = safetensors.torch.load(content), {}
-        for n in card.pop("names"):  # in this order: safetensors has another
-            for key in [k for k in loaded if k.endswith(f":{n}")]:
-                groups.setdefault(key.partition(":")[0], {})[n] = loaded[key].to(device())
-        params, best = groups.pop("params"), groups.pop("best", None)
-        best = params if card["best_round"] == card["round"] else best
-        card["history"] = tuple(card["history"])
-        return State(params, memory=groups, best=best, **card)
+        name, content = found
+        try:
+            header = json.loads(content[8:8 + int.from_bytes(content[:8], "little")])
+            card = json.loads(header["__metadata__"]["card"])
+            other, names, groups = card.pop("identity"), card.pop("names"), {}
+            loaded = unpack(content)
+            for n in names:  # in this order: safetensors has another
+                for key in [k for k in loaded if k.endswith(f":{n}")]:
+                    groups.setdefault(key.partition(":")[0], {})[n] = loaded[key].to(device())
+            params, best = groups.pop("params"), groups.pop("best", None)
+            best = params if card["best_round"] == card["round"] else best
+            state = State(params, memory=groups, best=best, **card)
+            state = replace(state, history=tuple(state.history))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"{name} is no checkpoint of a run: {error!r}") from error
+        _refuse_other(cfg, other)
+        for kept in filter(None, (state.params, state.best) if like else ()):
+            refuse_misfits(name, kept, like)
+        return state
 
     def cached(self, kind: str, key: dict, compute):
         """`compute()` kept under all that it depends on: weights in cache/, JSON in notes/.
@@ -145,22 +229,87 @@ class Store:
         if kept == (None, None) and not self.frozen:
             value = compute()
             tensors = all(isinstance(v, Tensor) for v in value.values())
-            kept = (safetensors.torch.save(value), None) if tensors else (None, dump(value))
+            kept = (pack(value, sha256=digest(value)), None) if tensors else (None, dump(value))
             kept = from_rank_0(lambda: kept)  # ranks may differ in a bit: the first one's counts
             self.write(weights if tensors else note, kept[0] or kept[1])
         if kept[0]:
-            return {n: w.to(device()) for n, w in safetensors.torch.load(kept[0]).items()}
-        return json.loads(kept[1] or "{}")
+            return {n: w.to(device()) for n, w in unpack(kept[0]).items()}
+        return parse(kept[1] or b"{}")
+
+
+def refuse_damaged(name: str, content: bytes):
+    """ValueError unless the content is what was written under this name, as far as it tells.
+
+    A checkpoint's name has its SHA-256; JSON and the cache hold theirs inside (older ones do not).
+    """
+    if name.startswith("checkpoints/"):
+        if not name.endswith(f"_{hashlib.sha256(content).hexdigest()}.safetensors"):
+            raise ValueError(f"{len(content)} bytes do not have the SHA-256 of the name")
+    elif name.endswith(".safetensors"):
+        weights = unpack(content)
+        header = json.loads(content[8:8 + int.from_bytes(content[:8], "little")])
+        if header.get("__metadata__", {}).get("sha256", sha := digest(weights)) != sha:
+            raise ValueError("the tensors do not have the SHA-256 stored with them")
+    elif name.endswith(".json"):
+        parse(content)
+
+
+def refuse_misfits(name: str, params: Params, like: Params):
+    """ValueError unless the weights have the names, shapes and types of `like`."""
+    kinds = [{n: (tuple(w.shape), str(w.dtype)) for n, w in p.items()} for p in (params, like)]
+    if wrong := [n for n in kinds[0].keys() | kinds[1].keys()
+                 if kinds[0].get(n) != kinds[1].get(n)]:
+        raise ValueError(f"{name} does not fit the model, (stored, model) are "
+                         f"{ {n: tuple(k.get(n) for k in kinds) for n in sorted(wrong)[:5]} }")
+
+
+def pack(params: Params, **metadata: str) -> bytes:
+    return safetensors.torch.save({n: w.contiguous() for n, w in params.items()}, metadata)
+
+
+def unpack(content: bytes) -> Params:
+    """The tensors in a safetensors file, which holds no code; ValueError where it is none."""
+    try:
+        return safetensors.torch.load(content)
+    except Exception as error:  # its own kind, or whatever a foreign header leads to
+        raise ValueError(f"not a file of tensors: {error!r}") from error
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return None
+
+
+def _lock(file, run: str):
+    """Locks the open file, waiting for the process that holds it."""
+    try:
+        import fcntl
+    except ImportError as error:
+        raise OSError("this system has no file locks") from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        warnings.warn(f"another process trains {run}: waiting until it is done", stacklevel=4)
+        fcntl.flock(file, fcntl.LOCK_EX)
 
 
 def _replace(path: Path, content: bytes):
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    with open(part, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    try:
+        with open(part, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        with suppress(OSError):
+            part.unlink()  # half a file would keep a full disk full
+        raise OSError(error.errno, f"{error.strerror or error}: {len(content)} bytes cannot be "
+                      "written; what is stored is whole. Make room or access and run again",
+                      str(path)) from error
 
 
 def _refuse_other(cfg: Config, stored: dict):
@@ -172,6 +321,21 @@ def _refuse_other(cfg: Config, stored: dict):
             "Choose another name, or leave name='' to have one derived.")
 
 
-def dump(value) -> bytes:
-    """JSON; a NaN is a ValueError here rather than a broken file later."""
-    return json.dumps(value, indent=1, allow_nan=False).encode()
+def dump(value: dict) -> bytes:
+    """JSON with its own SHA-256; a NaN is a ValueError here rather than a broken file later."""
+    plain = json.loads(json.dumps(value, allow_nan=False))
+    return json.dumps(plain | {"sha256": digest(plain)}, indent=1).encode()
+
+
+def parse(content: bytes) -> dict:
+    """What was dumped; ValueError where it is not whole (older files have no SHA-256)."""
+    try:
+        value = json.loads(content)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"a dict is wanted, not {str(value)[:50]}")
+    sha = value.pop("sha256", None)
+    if sha and sha != digest(value):
+        raise ValueError("it does not have the SHA-256 stored in it")
+    return value

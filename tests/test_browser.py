@@ -112,12 +112,13 @@ def wait_idle(page, seconds: int):
 
 
 def choose(page, label: str, option: str):
-    """Changes a choice as one does without a mouse: by Tab to the first button, on, and Space."""
+    """Changes a choice as one does without a mouse: by Tab from the first button, and Space."""
     row = page.locator(".widget-toggle-buttons").filter(has_text=label)
     row.get_by_role("button").first.focus()
     while page.evaluate("document.activeElement.textContent").strip() != option:
         page.keyboard.press("Tab")
     page.keyboard.press("Space")
+    row.locator("button.mod-active").filter(has_text=re.compile(f"^{option}$")).wait_for()
 
 
 def test_a_person_at_the_panel(lab, page):

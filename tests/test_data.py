@@ -1,3 +1,4 @@
+import hashlib
 from types import SimpleNamespace
 
 import numpy as np
@@ -52,7 +53,7 @@ def test_a_class_without_training_or_validation_images_is_refused(share):
 
 # ---------------------------------------------------------------- shards
 @pytest.mark.parametrize("seed", [0, 1, 2])
-@pytest.mark.parametrize("per_class", [450, 490])
+@pytest.mark.parametrize("per_class", [450, 475, 477, 490])
 @pytest.mark.parametrize("nc", [1, 5, 10, 50])
 def test_label_skewed_shards_are_exact_and_of_equal_size(nc, per_class, seed):
     labels = labels_of(per_class)
@@ -84,6 +85,16 @@ def test_numbers_that_do_not_divide_still_give_exactly_nc_classes(clients, nc):
     shards = shard(labels, clients, nc)
     assert_partition(shards, len(labels))
     assert classes_held(labels, shards) == [nc] * clients
+
+
+@pytest.mark.parametrize(("nc", "sha"), [
+    (1, "33a5037522ff3317"), (5, "26080c30a32f9192"), (10, "e1b48d3a729d51cd"),
+    (50, "825e033c5fca07cd")])
+def test_even_shards_are_those_of_the_stored_results(nc, sha):
+    """Bit by bit: results that are stored were trained on them."""
+    shards = b"|".join(s.tobytes() for seed in range(3)
+                       for s in shard(labels_of(450), 100, nc, seed))
+    assert hashlib.sha256(shards).hexdigest()[:16] == sha
 
 
 def test_the_owners_of_a_class_share_it_evenly():

@@ -68,8 +68,8 @@ def test_choosing_starts_no_work(small, monkeypatch):
 
 def test_the_status_follows_the_choice_and_is_announced(small):
     chosen = panel(small, dict(local_steps=2), **OPTIONS)
-    assert shown(chosen).startswith('<div role="status">Preset full, Classes per client, Nc IID, '
-                                    'Local steps, J 2, Seed 0: 0 of 4 rounds stored')
+    assert shown(chosen).startswith('<div role="status">Preset: full · Classes per client, Nc: '
+                                    'IID · Local steps, J: 2 · Seed: 0 — 0 of 4 rounds stored')
     result = train(chosen.cfg, chosen.store)
     chosen.controls["seed"].value = 1
     assert "0 of 4" in shown(chosen)

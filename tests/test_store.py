@@ -12,6 +12,7 @@ import torch
 from helpers import CFG, make_small, same, small_run
 
 import utils
+from notebooks.store import parse
 from utils import State, Store, backbone, build_model, digest, dump, run_name
 
 CKPT = "checkpoints/*/*.safetensors"
@@ -49,6 +50,12 @@ def equal(a, b):
     x, y = parts(a), parts(b)
     return x.keys() == y.keys() and all(same(x[g], y[g]) for g in x) and all(
         getattr(a, k) == getattr(b, k) for k in ("round", "history", "best_round", "seconds"))
+
+
+def files(root):
+    """Contents by name, the locks aside: they stay where their processes run."""
+    return {f.relative_to(root): f.read_bytes() for f in root.rglob("*")
+            if f.is_file() and f.name != "lock"}
 
 
 def mangle(store, name, change):
@@ -92,17 +99,17 @@ def test_what_is_written_is_read_listed_and_deleted(store):
 
 @pytest.mark.parametrize("call", ["replace", "fsync"])
 def test_a_cut_write_leaves_the_old_content(store, monkeypatch, call):
-    store.write("run.json", b"old")
+    store.write("run.bin", b"old")
 
     def cut(*args):
         raise KeyboardInterrupt
     with monkeypatch.context() as patch:
         patch.setattr(os, call, cut)
         with pytest.raises(KeyboardInterrupt):
-            store.write("run.json", b"new")
-    assert store.read("run.json") == b"old"
-    store.write("run.json", b"new")
-    assert store.read("run.json") == b"new"
+            store.write("run.bin", b"new")
+    assert store.read("run.bin") == b"old"
+    store.write("run.bin", b"new")
+    assert store.read("run.bin") == b"new"
 
 
 def test_a_file_is_synced_before_it_is_renamed(store, monkeypatch):
@@ -236,7 +243,7 @@ def test_a_derived_name_tells_runs_apart(store):
 
 # ------------------------------------------------------------------ results
 def test_json_refuses_numbers_that_are_none():
-    assert json.loads(dump(dict(a=[1.5, None, "x"]))) == dict(a=[1.5, None, "x"])
+    assert parse(dump(dict(a=[1.5, None, "x"]))) == dict(a=[1.5, None, "x"])
     for bad in (float("nan"), float("inf")):
         with pytest.raises(ValueError, match="JSON"):
             dump(dict(history=[dict(loss=bad)]))
@@ -247,6 +254,7 @@ def test_a_result_says_what_ran_where_and_with_what(store, small):
     result = utils.train_federated(cfg, store)
     text = (store.root / f"{run_name(cfg)}.json").read_text()
     stored = json.loads(text, parse_constant=lambda c: pytest.fail(f"{c} in the JSON"))
+    assert stored.pop("sha256") == digest(result)
     assert stored == result
     assert stored["config"] == json.loads(json.dumps(asdict(cfg)))
     assert stored["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
@@ -293,8 +301,6 @@ def test_cached_keeps_json_as_well_as_weights(store):
 # ------------------------------------------------------------------ the drive
 def test_every_file_is_copied_to_the_drive(mirrored, small):
     utils.train_federated(replace(CFG, rule="random", head="ridge"), mirrored)
-    files = lambda root: {f.relative_to(root): f.read_bytes()  # noqa: E731
-                          for f in root.rglob("*") if f.is_file()}
     assert files(mirrored.root) == files(mirrored.drive)
     assert len(files(mirrored.root)) == 4  # result, checkpoint, head, mask
 
@@ -331,8 +337,6 @@ def test_training_goes_on_without_the_drive(tmp_path, small, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         store.write("next.json", b"{}")
-    files = lambda root: {f.relative_to(root): f.read_bytes()  # noqa: E731
-                          for f in root.rglob("*") if f.is_file() and f.suffix != ".part"}
     assert files(store.drive) == files(store.root)
 
 

@@ -1,0 +1,122 @@
+"""What only a GPU can tell: throughput, waits, attention kernel, compiled steps, memory.
+
+Images a second of a round, and the share of the bf16 peak that its matrix products reach; how
+often a round waits for the device, and where (it should once, at its end); which attention kernel
+runs (it should be flash); a round with a compiled model, and with CUDA graphs, next to the eager
+one; peak memory by cohort. Without a GPU this says so and ends.
+"""
+import warnings
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from common import (
+    VITS,
+    compare,
+    describe,
+    forget_peak,
+    in_turns,
+    options,
+    peak,
+    report,
+    seconds,
+    start,
+    wait,
+)
+from torch.profiler import profile
+from torch.utils.flop_counter import FlopCounterMode
+
+from utils import Run, State, federated_round, precision, prepare
+
+
+def one_gradient(run: Run, batch: int):
+    context, _ = precision(run.cfg)
+    x = prepare(run.data.images[:batch], run.model)
+    with context:
+        loss = F.cross_entropy(run.model(x), run.data.labels[:batch])
+    loss.backward()
+    run.model.zero_grad()
+
+
+def flops_per_image(run: Run, batch: int = 4) -> float:
+    """Of the matrix products and attention of a forward and a backward pass."""
+    with FlopCounterMode(display=False) as counter:
+        one_gradient(run, batch)
+    return counter.get_total_flops() / batch
+
+
+def throughput(run: Run, state: State, repeats: int, peak_tflops: float) -> dict:
+    federated_round(run, state)
+    took = sorted(seconds(lambda: federated_round(run, state))[0] for _ in range(repeats))
+    words = describe(run.cfg)
+    images = words["clients"] * words["J"] * words["B"] / took[repeats // 2]
+    reached = images * flops_per_image(run) / 1e12
+    return dict(what="round", **words, seconds=took[repeats // 2], images_per_s=images,
+                tflops=reached, share_of_peak=reached / peak_tflops)
+
+
+def waits(run: Run, state: State) -> Counter:
+    """How often each line (file:number) waits for the device in the second of two rounds."""
+    federated_round(run, state)
+    wait()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            federated_round(run, state)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return Counter(f"{Path(w.filename).name}:{w.lineno}" for w in caught
+                   if "synchronizing" in str(w.message))
+
+
+def attention_kernels(run: Run, batch: int = 4) -> set[str]:
+    """Names of the attention operators that a gradient runs."""
+    with profile() as profiler:
+        one_gradient(run, batch)
+    return {e.key for e in profiler.key_averages() if "_scaled_dot_product_" in e.key}
+
+
+def compiled_row(run: Run, state: State, pairs: int, mode: str) -> dict:
+    """A round whose model is compiled, over the eager one; "reduce-overhead" is CUDA graphs."""
+    compiled = replace(run, model=torch.compile(run.model, mode=mode))
+    times = in_turns(pairs, ours=lambda: federated_round(compiled, state),
+                     eager=lambda: federated_round(run, state))
+    return dict(what=f"compiled: {mode}", **describe(run.cfg), **compare(times, "ours", "eager"))
+
+
+def memory_rows(run: Run, state: State, cohorts=(2, 10, 50)) -> list[dict]:
+    rows = []
+    for n in cohorts:
+        part = replace(run, cfg=replace(run.cfg, participation=n / run.cfg.num_clients))
+        forget_peak()
+        federated_round(part, state)
+        rows.append(dict(what="peak memory", **describe(part.cfg), peak_mb=peak()))
+    return rows
+
+
+def main(args):
+    rows, facts = [], {}
+    for size in (96,) if args.quick else (96, 224):
+        run, state = start(replace(VITS, image_size=size, local_steps=4, batch_size=64))
+        rows.append(throughput(run, state, args.pairs, args.peak_tflops))
+        found = waits(run, state)
+        facts[f"waits_{size}"] = dict(found)
+        facts[f"attention_{size}"] = sorted(attention_kernels(run))
+        rows.append(dict(what="waits in a round", **describe(run.cfg), count=sum(found.values())))
+        rows += memory_rows(run, state)
+        if not args.quick:
+            rows += [compiled_row(run, state, args.pairs, m) for m in ("default",
+                                                                       "reduce-overhead")]
+    print(*(f"{k}: {v}" for k, v in facts.items()), sep="\n")
+    report(__file__, args, rows, peak_tflops=args.peak_tflops, **facts)
+
+
+if __name__ == "__main__":
+    args = options(__doc__, peak_tflops=790.0)
+    if torch.cuda.is_available():
+        main(args)
+    else:
+        print("There is no GPU here: nothing to measure.")

@@ -1,0 +1,130 @@
+"""How a round's cost grows, each row next to its base: ratios near 1 where it should be flat.
+
+In the number of clients K at a fixed cohort a round should cost the same; per client it should not
+depend on the cohort's size, nor per step on the local steps J. Peak memory, of a process alone,
+should depend on none of them. Then torchrun with two processes of one thread against one process
+of two threads, and bf16 autocast against float32.
+"""
+import json
+from dataclasses import replace
+
+import torch
+from common import (
+    MINI,
+    VITS,
+    as_text,
+    child,
+    compare,
+    describe,
+    forget_peak,
+    in_turns,
+    options,
+    peak,
+    report,
+    seconds,
+    sized,
+    start,
+)
+
+from utils import Config, federated_round, ranks
+
+
+def rounds_of(cfgs: dict[str, Config]) -> dict:
+    """For each configuration one round, ready to be timed."""
+    def ready(cfg):
+        run, state = start(cfg)
+        return lambda: federated_round(run, state)
+    return {name: ready(cfg) for name, cfg in cfgs.items()}
+
+
+def grown(what: str, cfgs: list[Config], units, pairs: int) -> list[dict]:
+    """Rows of seconds per unit of work, each over the first configuration's."""
+    times = in_turns(pairs, **rounds_of({str(i): cfg for i, cfg in enumerate(cfgs)}))
+    per_unit = {i: times[i] / units(cfgs[int(i)]) for i in times}
+    rows = []
+    for i, cfg in enumerate(cfgs[1:], 1):
+        found = compare(per_unit, str(i), "0")
+        rows.append(dict(what=what, K=cfg.num_clients, **describe(cfg), ours=found.pop(str(i)),
+                         base=found.pop("0"), **found))
+    return rows
+
+
+def cohort_of(cfg: Config, clients: int, num_clients: int) -> Config:
+    return replace(cfg, num_clients=num_clients, participation=clients / num_clients)
+
+
+def time_rows(quick: bool, pairs: int) -> list[dict]:
+    cfg = sized(quick, MINI, 10, dict(local_steps=4, batch_size=16), dict(local_steps=4))
+    sizes, cohorts, steps = ([100, 1000, 10_000], [5, 10, 20], [2, 4, 8]) if not quick else (
+        [100, 1000], [1, 2], [1, 2])
+    few = replace(cfg, participation=cohorts[0] / 100)
+    return [*grown("round, over K = 100", [cohort_of(cfg, cohorts[0], k) for k in sizes],
+                   lambda cfg: 1, pairs),
+            *grown(f"per client, over {cohorts[0]}", [cohort_of(cfg, n, 100) for n in cohorts],
+                   lambda cfg: describe(cfg)["clients"], pairs),
+            *grown(f"per step, over J = {steps[0]}", [replace(few, local_steps=j) for j in steps],
+                   lambda cfg: cfg.local_steps, pairs)]
+
+
+def in_child(cfg: Config, *launcher: str, **environment: str) -> dict:
+    return child(*launcher, __file__, "--config", as_text(cfg), **environment)
+
+
+def memory_rows(cfg: Config) -> list[dict]:
+    cfgs = [cohort_of(cfg, n, k) for n, k in ((2, 100), (10, 100), (2, 10_000))]
+    found = [in_child(c)["peak"] for c in cfgs]
+    return [dict(what="peak memory, over the first", K=c.num_clients, **describe(c), unit="MB",
+                 ours=mb, base=found[0], ratio=mb / found[0]) for c, mb in zip(
+                     cfgs, found, strict=True)]
+
+
+def torchrun_row(cfg: Config, pairs: int) -> dict:
+    """Median rounds of fresh processes, in turns: those of a launch share its moment."""
+    two = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    turns = [(in_child(cfg, *two, OMP_NUM_THREADS="1"), in_child(cfg, OMP_NUM_THREADS="2"))
+             for _ in range(pairs)]
+    times = {side: [turn[i]["seconds"] for turn in turns] for i, side in enumerate(("ours",
+                                                                                    "base"))}
+    return dict(what="torchrun 2 x 1, over 1 x 2 threads", K=cfg.num_clients, **describe(cfg),
+                **compare(times, "ours", "base"))
+
+
+def precision_row(cfg: Config, pairs: int) -> dict:
+    run, state = start(cfg)
+    half = replace(run, cfg=replace(cfg, precision="bf16"))
+    full = replace(run, cfg=replace(cfg, precision="float32"))
+    times = in_turns(pairs, ours=lambda: federated_round(half, state),
+                     base=lambda: federated_round(full, state))
+    return dict(what="bf16, over float32", K=cfg.num_clients, **describe(cfg),
+                **compare(times, "ours", "base"))
+
+
+def one_process(cfg: Config, rounds: int = 3):
+    """Prints the median seconds of a round (after one more) and the peak memory."""
+    run, state = start(cfg)
+    forget_peak()
+    federated_round(run, state)
+    took = sorted(seconds(lambda: federated_round(run, state))[0] for _ in range(rounds))
+    if ranks()[0] == 0:
+        print(json.dumps(dict(seconds=took[rounds // 2], peak=peak())))
+
+
+def main(args):
+    rows = time_rows(args.quick, args.pairs)
+    vits = sized(args.quick, replace(VITS, image_size=64), 4, dict(local_steps=4, batch_size=8),
+                 dict(local_steps=4, batch_size=64))
+    light = sized(args.quick, MINI, 2, dict(local_steps=1), {})
+    rows.append(precision_row(light if args.quick else vits, args.pairs))
+    if not args.quick:
+        rows += memory_rows(replace(vits, local_steps=1))
+        if torch.cuda.device_count() != 1:  # two processes cannot share one GPU by NCCL
+            rows.append(torchrun_row(vits, 3))
+    report(__file__, args, rows)
+
+
+if __name__ == "__main__":
+    args = options(__doc__, config="")
+    if args.config:
+        one_process(Config(**json.loads(args.config)))
+    else:
+        main(args)
