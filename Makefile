@@ -1,4 +1,4 @@
-# make demo | test | figures | bench: each sets up .venv on first use.
+# make demo | test | figures | report | bench: each sets up .venv on first use.
 VENV ?= .venv
 PYTHON := $(VENV)/bin/python
 export DATA_DIR ?= $(CURDIR)/data
@@ -16,6 +16,12 @@ demo: $(VENV)/installed  ## all notebooks in the demo preset, on a CPU in minute
 
 figures: $(VENV)/installed  ## figures/ again from results/, training nothing
 	PRESET=$(or $(PRESET),small) TRAIN=no $(PYTHON) tests/run_notebooks.py
+
+report: $(VENV)/installed  ## report/report.pdf from results/ and figures/; its numbers alone without TeX
+	$(PYTHON) -m report.make_numbers
+	@if command -v latexmk && command -v pdflatex && command -v bibtex; then cd report && \
+		SOURCE_DATE_EPOCH=0 latexmk -gg -pdf -interaction=nonstopmode -halt-on-error report.tex; \
+	else echo "report.pdf is left as it is: no latexmk, pdflatex or bibtex (texlive-latex-extra)"; fi
 
 bench: $(VENV)/installed  ## speed and memory as ratios, into benchmarks/results/
 	-$(VENV)/bin/pip install --quiet --disable-pip-version-check "flwr[simulation]==1.41.0"
