@@ -88,7 +88,8 @@ def test_numbers_that_do_not_divide_still_give_exactly_nc_classes(clients, nc):
 
 
 @pytest.mark.parametrize(("nc", "sha"), [
-    (1, "33a5037522ff3317"), (5, "26080c30a32f9192"), (10, "e1b48d3a729d51cd"), (50, "825e033c5fca07cd")])
+    (1, "33a5037522ff3317"), (5, "26080c30a32f9192"), (10, "e1b48d3a729d51cd"),
+    (50, "825e033c5fca07cd")])
 def test_even_shards_are_those_of_the_stored_results(nc, sha):
     """Bit by bit: results that are stored were trained on them."""
     shards = b"|".join(s.tobytes() for seed in range(3)
