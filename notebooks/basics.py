@@ -436,7 +436,7 @@ def _read_weights(source: str) -> Params:
     path = str(ROOT / "weights" / "mini.safetensors") if source == "mini" else source
     if path != "dino":
         return _read_file(path)
-    errors = []  # neither place publishes a checksum to pin; a result stores its backbone's SHA-256
+    errors = []  # not checked against a published checksum; a result stores its backbone's SHA-256
     for download in (lambda: timm.create_model("vit_small_patch16_224.dino", pretrained=True,
                                                num_classes=0).state_dict(),
                      lambda: torch.hub.load_state_dict_from_url(DINO, map_location="cpu",

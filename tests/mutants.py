@@ -171,7 +171,7 @@ def survey(wanted: list[str]) -> list[str]:
 def main():
     torch.set_num_threads(1)
     began, survivors = time.monotonic(), survey(sys.argv[1:])
-    print(f"{len(MUTANTS)} mutants, {len(survivors)} not caught {survivors or ''}; "
+    print(f"of {len(MUTANTS)} mutants {'some asked for' if sys.argv[1:] else 'all'}, {len(survivors)} not caught {survivors or ''}; "
           f"{time.monotonic() - began:.0f} s")
     sys.exit(bool(survivors))
 
