@@ -1,6 +1,7 @@
 # make demo | test | figures | report | bench: each sets up .venv on first use.
 VENV ?= .venv
 PYTHON := $(VENV)/bin/python
+FLOWER := $(VENV)/bin/pip install --quiet --disable-pip-version-check "flwr[simulation]>=1.41"
 export DATA_DIR ?= $(CURDIR)/data
 
 .PHONY: demo again test browser colab flower lint figures bench report trust mutants clean
@@ -8,11 +9,14 @@ export DATA_DIR ?= $(CURDIR)/data
 $(VENV)/installed: requirements.txt
 	python3 -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements.txt \
-		nbclient nbformat ipykernel pytest hypothesis ruff
+		nbclient nbformat ipykernel pytest pytest-xdist hypothesis ruff
 	touch $@
 
 demo: $(VENV)/installed  ## all notebooks in the demo preset, on a CPU in minutes
 	PRESET=demo $(PYTHON) tests/run_notebooks.py --out results/demo/notebooks
+
+again:  ## after demo: everything is found, and what is deleted comes back the same
+	$(PYTHON) tests/rerun_demo.py
 
 figures: $(VENV)/installed  ## figures/ again from results/, training nothing
 	PRESET=$(or $(PRESET),small) TRAIN=no $(PYTHON) tests/run_notebooks.py
@@ -24,12 +28,30 @@ report: $(VENV)/installed  ## report/report.pdf from results/ and figures/; its 
 	else echo "report.pdf is left as it is: no latexmk, pdflatex or bibtex (texlive-latex-extra)"; fi
 
 bench: $(VENV)/installed  ## speed and memory as ratios, into benchmarks/results/
-	-$(VENV)/bin/pip install --quiet --disable-pip-version-check "flwr[simulation]==1.41.0"
+	-$(FLOWER)
 	for script in round_cost against_naive scaling gpu against_flower; do \
 		$(PYTHON) benchmarks/$$script.py || exit 1; done
 
-test: $(VENV)/installed lint
-	$(PYTHON) -m pytest
+test: $(VENV)/installed lint  ## on a CPU, without network; browser and Flower have their own
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --ignore tests/test_flower.py
+
+browser: $(VENV)/installed  ## a person at the panel: JupyterLab in Debian's Chromium
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check jupyterlab playwright
+	command -v chromium || { apt-get update -qq && apt-get install -y -qq chromium; } >/dev/null || true
+	$(PYTHON) -m pytest -m browser -rs tests/test_browser.py
+
+colab: $(VENV)/installed  ## the panel and a notebook under Colab's versions of what shows them
+	python3 -m venv .venv-colab
+	.venv-colab/bin/pip install --quiet --disable-pip-version-check \
+		ipywidgets==7.7.1 ipykernel==6.17.1 ipython==7.34.0
+	for own in $$(ls -d .venv-colab/lib/python3*/site-packages); do \
+		ls -d $(CURDIR)/$(VENV)/lib/python3*/site-packages > $$own/zz-the-rest.pth; done
+	.venv-colab/bin/python -m pytest tests/test_panel.py
+	PRESET=demo .venv-colab/bin/python tests/run_notebooks.py 03
+
+flower: $(VENV)/installed  ## the Flower app, on its simulation engine and over a real SuperLink
+	$(FLOWER)
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest tests/test_flower.py
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
@@ -43,4 +65,4 @@ mutants: $(VENV)/installed  ## the code broken on purpose, which the tests must 
 	OMP_NUM_THREADS=1 $(PYTHON) tests/mutants.py
 
 clean:
-	rm -rf $(VENV) results/demo figures/demo
+	rm -rf $(VENV) .venv-colab results/demo figures/demo

@@ -45,6 +45,8 @@ def lab(tmp_path_factory):
     for name in ("notebooks", "weights"):
         shutil.copytree(ROOT / name, home / name)
     shutil.copy(ROOT / "utils.py", home)
+    if (ROOT / "results/demo").exists():  # after `make demo` Run all finds its runs
+        shutil.copytree(ROOT / "results/demo", home / "results/demo")
     for name, text in SETTINGS.items():
         path = home / "config/lab/user-settings/@jupyterlab" / f"{name}.jupyterlab-settings"
         path.parent.mkdir(parents=True, exist_ok=True)
