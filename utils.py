@@ -575,7 +575,7 @@ def open_run(cfg: Config, store: Store | None, head_of=head_of, mask_of=mask_of)
         p.requires_grad_(n in names)
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     start = State({n: p.detach().clone() for n, p in trained.items()})
-    state = store.resume(cfg, start.params) if store else None
+    state = store.resume(cfg, start.params, mask) if store else None
     return Run(cfg, data, model, trained, mask, shards, facts), state or start
 
 
@@ -616,7 +616,9 @@ def fold(run: Run, store: Store, state: State, step=None) -> State:
             pass
         except FloatingPointError as error:
             state = replace(state, error=str(error))
-    store.save(cfg, state, keep=1 if state.round == cfg.length else 2)
+    done = state.round == cfg.length and not state.error
+    last = replace(state, params=state.best, memory={}) if done else state  # all it still needs
+    store.save(cfg, last, keep=1 if done else 2, mask=run.mask if done else None)
     return state
 
 

@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 from pathlib import Path
 
 import ipywidgets as widgets
@@ -15,12 +16,14 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import safetensors
 import seaborn as sns
+import timm
 import torch
 from IPython.display import display
 from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
 from notebooks.basics import (
+    ARCHS,
     NOTES,
     PER_CLASS,
     PRESETS,
@@ -33,7 +36,7 @@ from notebooks.basics import (
     run_name,
 )
 from notebooks.store import Store
-from utils import apply_vector, client_update, cohort, flat, open_run, train
+from utils import apply_vector, client_update, cohort, flat, maskable, open_run, train
 
 
 def train_all(cfgs: list[Config], store: Store, test: bool = True):
@@ -256,6 +259,21 @@ def measure_speed(cfg: Config) -> float:
     return SPEED[speed_key(cfg)]
 
 
+@lru_cache
+def size_of(arch: str) -> tuple[int, int]:
+    """All weights of an architecture, and the maskable ones; no memory is taken."""
+    with torch.device("meta"):
+        model = timm.create_model(**ARCHS[arch], num_classes=100)
+    return (sum(p.numel() for p in model.parameters()),
+            sum(model.get_parameter(n).numel() for n in maskable(model)))
+
+
+def kept_bytes(cfg: Config) -> float:
+    """What the checkpoint of a finished run takes: its best weights, of a sparse run the free."""
+    every, free = size_of(speed_key(cfg)[0])
+    return 4 * ((1 - cfg.sparsity) * free if cfg.rule else every)
+
+
 def plan(cfgs: list[Config], store: Store) -> pd.DataFrame:
     """What of these runs is stored and what is left, with an estimate of time and of storage."""
     rows = []
@@ -266,7 +284,8 @@ def plan(cfgs: list[Config], store: Store) -> pd.DataFrame:
         rows.append(dict(run=run_name(cfg), stored=done, of=cfg.length, minutes_left=seconds / 60))
     frame = pd.DataFrame(rows)
     print(f"{(frame.stored == frame.of).sum()} of {len(frame)} runs are stored; training the rest "
-          f"takes about {frame.minutes_left.sum():.0f} min on {hardware()}", *NOTES)
+          f"takes about {frame.minutes_left.sum():.0f} min on {hardware()}; finished, all of them "
+          f"take {sum(map(kept_bytes, cfgs)) / 1e9:.2f} GB with their checkpoints", *NOTES)
     return frame
 
 

@@ -171,14 +171,17 @@ class Store:
         _refuse_other(cfg, result["identity"])
         return result
 
-    def save(self, cfg: Config, state: State, keep: int = 2):
-        """One file a checkpoint, its SHA-256 in its name; all but the newest `keep` are deleted."""
+    def save(self, cfg: Config, state: State, keep: int = 2, mask: Params | None = None):
+        """One file a checkpoint, its SHA-256 in its name; all but the newest `keep` are deleted.
+
+        With a `mask` only the free weights are stored: a finished run needs no more.
+        """
         groups = {"params": state.params, **state.memory}
-        groups |= {"best": state.best} if state.best_round != state.round else {}
+        groups |= {"best": state.best} if state.best is not state.params else {}
         card = {k: getattr(state, k) for k in ("round", "history", "best_round", "seconds")}
-        content = pack({f"{group}:{n}": w for group, params in groups.items()
-                        for n, w in (params or {}).items()},
-                       card=json.dumps(card | {"identity": identity(cfg),
+        content = pack({f"{group}:{n}": w[mask[n]] if mask else w
+                        for group, params in groups.items() for n, w in (params or {}).items()},
+                       card=json.dumps(card | {"identity": identity(cfg), "masked": bool(mask),
                                                "names": list(state.params)}))
         folder, sha = f"checkpoints/{run_name(cfg)}", hashlib.sha256(content).hexdigest()
         self.write(f"{folder}/{state.round:07d}_{sha}.safetensors", content)
@@ -192,9 +195,11 @@ class Store:
                 return name, content
         return None
 
-    def resume(self, cfg: Config, like: Params | None = None) -> State | None:
+    def resume(self, cfg: Config, like: Params | None = None,
+               mask: Params | None = None) -> State | None:
         """The newest checkpoint that verifies; ValueError where the name holds another run, or
-        weights of other names, shapes or types than those of `like`."""
+        weights of other names, shapes or types than those of `like`, the run's first weights (which
+        with the run's mask complete a finished sparse run's)."""
         found = from_rank_0(lambda: self.newest(f"checkpoints/{run_name(cfg)}"))
         if found is None:
             return None
@@ -203,15 +208,17 @@ class Store:
             header = json.loads(content[8:8 + int.from_bytes(content[:8], "little")])
             card = json.loads(header["__metadata__"]["card"])
             other, names, groups = card.pop("identity"), card.pop("names"), {}
-            loaded = unpack(content)
+            loaded, masked = unpack(content), card.pop("masked", False)
             for n in names:  # in this order: safetensors has another
                 for key in [k for k in loaded if k.endswith(f":{n}")]:
-                    groups.setdefault(key.partition(":")[0], {})[n] = loaded[key].to(device())
+                    group, w = key.partition(":")[0], loaded[key].to(device())
+                    w = like[n].masked_scatter(mask[n], w) if masked else w
+                    groups.setdefault(group, {})[n] = w
             params, best = groups.pop("params"), groups.pop("best", None)
-            best = params if card["best_round"] == card["round"] else best
+            best = params if best is None and card["best_round"] else best
             state = State(params, memory=groups, best=best, **card)
             state = replace(state, history=tuple(state.history))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise ValueError(f"{name} is no checkpoint of a run: {error!r}") from error
         _refuse_other(cfg, other)
         for kept in filter(None, (state.params, state.best) if like else ()):

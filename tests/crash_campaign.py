@@ -27,7 +27,7 @@ import tqdm
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 
-from helpers import CFG, make_small, same  # noqa: E402
+from helpers import CFG, make_small, resumed, same  # noqa: E402
 
 import utils  # noqa: E402
 from notebooks.store import parse  # noqa: E402
@@ -134,7 +134,7 @@ def check_remains(cfg: Config, store: Store, safe: int):
                 parse(content)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of an old checkpoint that was being deleted
-        state = store.resume(cfg)
+        state = resumed(cfg, store)
     assert (state.round if state else 0) >= safe, f"round {safe} was stored and is lost"
 
 
@@ -143,7 +143,7 @@ def check_end(cfg: Config, result: dict, store: Store, whole: Store):
     expected = whole.result(cfg)
     for key in expected.keys() - {"seconds", "code"}:  # the files may be edited meanwhile
         assert result[key] == expected[key], f"{key} differs from the unbroken run's"
-    a, b = store.resume(cfg), whole.resume(cfg)
+    a, b = resumed(cfg, store), resumed(cfg, whole)
     assert a.round == b.round == cfg.length
     assert same(a.params, b.params)
     assert same(a.best, b.best)

@@ -58,3 +58,9 @@ def rounds(run: Run, state: State, n: int) -> State:
     for _ in range(n):
         state = utils.federated_round(run, state)
     return state
+
+
+def resumed(cfg: Config, store) -> State | None:
+    """The state that a run would go on from; None without a checkpoint."""
+    found = store.newest(f"checkpoints/{utils.run_name(cfg)}")
+    return utils.open_run(cfg, store)[1] if found else None

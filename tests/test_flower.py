@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import CFG, make_small, same
+from helpers import CFG, make_small, resumed, same
 
 import utils
 from utils import ROOT, Store, federated_round, flat, open_run, run_name, train_federated
@@ -83,7 +83,7 @@ def assert_same_run(cfg, first, second):
     results = [store.result(cfg) for store in (first, second)]
     for key in ("status", "run", "identity", "config", "history", "best_round", "test"):
         assert results[0][key] == results[1][key]
-    states = [store.resume(cfg) for store in (first, second)]
+    states = [resumed(cfg, store) for store in (first, second)]
     assert states[0].round == states[1].round == cfg.num_rounds
     assert same(states[0].params, states[1].params)
     assert same(states[0].best, states[1].best)
@@ -181,7 +181,7 @@ def test_a_run_begun_by_either_is_finished_by_the_other(small, stores, monkeypat
     train_federated(cfg, whole)
     with pytest.raises(RuntimeError, match="round 3"):
         flower(cfg, half, Nodes(2, lambda node, task: "ok" if task["round"] < 2 else "error"))
-    assert half.resume(cfg).round in (1, 2)  # what was stored before the crash
+    assert resumed(cfg, half).round in (1, 2)  # what was stored before the crash
     train_federated(cfg, half)
     assert_same_run(cfg, whole, half)
     other = Store(half.root / "other", minutes=0.0)

@@ -181,3 +181,17 @@ def test_a_plan_counts_epochs_steps(small, monkeypatch, capsys):
     frame = plan([cfg], Store())
     steps = 100 * 90 / 8  # 100 classes of 120 images, a quarter held out: 9000 images, B = 8
     assert frame.minutes_left[0] == pytest.approx(4 * steps * 2.0 / 60)
+
+
+def test_a_plan_says_what_the_finished_runs_will_take(small, capsys, monkeypatch):
+    monkeypatch.setattr(display, "size_of", lambda arch: (1_000_000, 800_000))
+    display.SPEED[display.speed_key(CFG)] = 1.0
+    sparse = replace(CFG, rule="random", sparsity=0.75)
+    plan([CFG, sparse, replace(sparse, seed=1)], Store())
+    # 4 bytes of 1,000,000 weights, and twice of a quarter of 800,000
+    assert "take 0.01 GB" in capsys.readouterr().out
+    assert [display.kept_bytes(c) for c in (CFG, sparse)] == [4_000_000, 800_000]
+
+
+def test_the_size_of_dinos_vit_is_the_papers():
+    assert display.size_of("vits16")[1] == 21_589_632

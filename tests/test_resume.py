@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import tqdm
-from helpers import CFG, make_small, same
+from helpers import CFG, make_small, resumed, same
 
 import utils
 from utils import Store
@@ -64,7 +64,7 @@ def test_a_run_killed_again_and_again_ends_like_the_unbroken_one(tmp_path, monke
     result, hits, rounds = utils.train(cfg, whole), 0, set()
     for attempt in range(KILLS):
         hits += kill(start(cfg, cut), cfg, cut, draw, wait=attempt > 0)
-        state = cut.resume(cfg)
+        state = resumed(cfg, cut)
         rounds.add(state.round if state else 0)
     assert hits >= 3, "the child was faster than its killer"
     assert len(rounds) >= 3, "too few kills within the run"
@@ -72,7 +72,7 @@ def test_a_run_killed_again_and_again_ends_like_the_unbroken_one(tmp_path, monke
     assert again["status"] == "finished"
     for key in ("history", "best_round", "test"):
         assert again[key] == result[key]
-    a, b = cut.resume(cfg), whole.resume(cfg)
+    a, b = resumed(cfg, cut), resumed(cfg, whole)
     assert a.round == b.round == cfg.length
     assert same(a.params, b.params)
     assert same(a.best, b.best)

@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 import tqdm
-from helpers import CFG, make_small
+from helpers import CFG, make_small, resumed
 
 import utils
 from utils import ROOT, Store
@@ -78,7 +78,7 @@ def codes(children: list[int]) -> list[int]:
 
 def assert_alike(cfg, one: Store, several: Store):
     """The same run up to the order in which float32 sums were taken."""
-    a, b = (store.resume(cfg) for store in (one, several))
+    a, b = (resumed(cfg, store) for store in (one, several))
     assert a.round == b.round == cfg.num_rounds
     assert a.memory.keys() == b.memory.keys()
     for x, y in [(a.params, b.params), *((a.memory[g], b.memory[g]) for g in a.memory)]:
@@ -103,7 +103,7 @@ def test_two_processes_give_the_result_of_one_and_only_the_first_writes(tmp_path
     said = [json.loads((two.root / f"said{rank}").read_text()) for rank in (0, 1)]
     assert said[0] == said[1] == two.result(cfg)
     assert not (two.root / "rank1").exists()
-    moved = utils.task_vector(two.resume(cfg).params, utils.open_run(cfg, Store(tmp_path / "new"))
+    moved = utils.task_vector(resumed(cfg, two).params, utils.open_run(cfg, Store(tmp_path / "new"))
                               [1].params)
     assert utils.flat(moved).norm() > 1e-3
 
@@ -120,7 +120,7 @@ def test_a_run_of_two_killed_processes_is_resumed_by_another_number(tmp_path, wo
     for child in children:
         os.kill(child, signal.SIGKILL)
     assert codes(children) == [-signal.SIGKILL] * 2
-    done = cut.resume(cfg).round
+    done = resumed(cfg, cut).round
     assert 0 < done < cfg.num_rounds
     assert codes(start(cfg, cut.root, world)) == [0] * world
     assert_alike(cfg, one, cut)

@@ -3,8 +3,9 @@ import re
 from dataclasses import replace
 
 import pytest
+import safetensors.torch
 import torch
-from helpers import CFG, make_small, same, small_data
+from helpers import CFG, make_small, resumed, same, small_data
 
 import utils
 from utils import HEAD, Config, Store, build_model, open_run, run_name, train_centralized
@@ -28,9 +29,9 @@ def store(tmp_path):
 
 
 def final(cfg, store, test=True):
-    """(result, last weights, best weights) of a run."""
+    """(result, stored weights, best weights) of a run."""
     result = utils.train(cfg, store, test)
-    state = store.resume(cfg)
+    state = resumed(cfg, store)
     return result, state.params, state.best
 
 
@@ -163,15 +164,15 @@ def scripted(patch, scores):
 def test_the_best_round_on_validation_is_tested(store, monkeypatch):
     cfg = replace(CFG, num_rounds=5, eval_every=1)
     scripted(monkeypatch, [0.1, 0.3, 0.2, 0.3, 0.1])  # the first of equals
-    result, last, best = final(cfg, store)
+    result, _, best = final(cfg, store)
     assert result["best_round"] == 2
-    second, = (s for s in [store.resume(cfg)])
+    second, = (s for s in [resumed(cfg, store)])
     assert second.best_round == 2
-    assert not same(last, best)
     run, state = open_run(replace(cfg, name="afresh"), store)
     for _ in range(2):
         state = utils.federated_round(run, state)
     assert same(state.params, best)
+    assert not same(utils.federated_round(run, state).params, best)
     run.load(best)
     data = run.data
     assert utils.evaluate(run.model, data.test_images, data.test_labels) == result["test"]
@@ -210,7 +211,7 @@ def test_an_interrupted_run_goes_on_to_the_unbroken_bits(tmp_path, monkeypatch, 
         stopped = utils.train(cfg, store)
     assert stopped["status"] == "interrupted"
     assert 0 <= stopped["round"] < cfg.length
-    assert store.resume(cfg).round == stopped["round"]
+    assert resumed(cfg, store).round == stopped["round"]
     assert not store.names("*.json")
     again = final(cfg, Store(tmp_path / "cut"))
     assert again[0]["history"] == whole[0]["history"]
@@ -265,7 +266,7 @@ def test_a_diverged_run_keeps_its_last_good_weights_and_stays_diverged(store, mo
     assert result["status"] == "diverged"
     assert re.search(r"round or epoch 3 at lr=0\.025.*0: nan.*1: nan", result["error"])
     assert "test" not in result
-    kept = store.resume(cfg)
+    kept = resumed(cfg, store)
     assert kept.round == len(result["history"]) == 2
     run, state = open_run(replace(cfg, name="afresh"), store)
     for _ in range(2):
@@ -410,3 +411,28 @@ def test_train_all_trains_what_is_missing_and_stops_by_hand(store, monkeypatch, 
 def test_default_lengths_follow_the_algorithm():
     assert Config(num_rounds=7, num_epochs=3).length == 7
     assert Config(num_rounds=7, num_epochs=3, algorithm="centralized").length == 3
+
+
+# ------------------------------------------------------------------ what a finished run keeps
+def test_a_finished_sparse_run_keeps_only_its_free_weights(store):
+    cfg = replace(CFG, rule="random", sparsity=0.9, head="ridge", eval_every=1)
+    utils.train(cfg, store)
+    (name,) = store.names(f"checkpoints/{run_name(cfg)}/*.safetensors")
+    run, state = utils.open_run(cfg, store)
+    stored = safetensors.torch.load(store.read(name))
+    assert sum(w.numel() for w in stored.values()) == run.free
+    start = utils.open_run(cfg, utils.Store(store.root / "new"))[1]
+    moved = [n for n, c in run.mask.items() if not torch.equal(state.params[n], start.params[n])]
+    assert moved
+    for n, c in run.mask.items():  # what is frozen is what it was at the start
+        assert torch.equal(state.params[n][~c], start.params[n][~c])
+    run.load(state.best)
+    again = utils.evaluate(run.model, run.data.test_images, run.data.test_labels)
+    assert again["loss"] == store.result(cfg)["test"]["loss"]
+
+
+def test_a_finished_run_keeps_no_momentum_and_no_control_variates(store):
+    cfg = replace(CFG, algorithm="scaffold", server="adam", server_lr=0.01)
+    utils.train(cfg, store)
+    (name,) = store.names(f"checkpoints/{run_name(cfg)}/*.safetensors")
+    assert {n.partition(":")[0] for n in safetensors.torch.load(store.read(name))} == {"params"}
