@@ -286,6 +286,10 @@ def plan(cfgs: list[Config], store: Store) -> pd.DataFrame:
     print(f"{(frame.stored == frame.of).sum()} of {len(frame)} runs are stored; training the rest "
           f"takes about {frame.minutes_left.sum():.0f} min on {hardware()}; finished, all of them "
           f"take {sum(map(kept_bytes, cfgs)) / 1e9:.2f} GB with their checkpoints", *NOTES)
+    if torch.cuda.is_available():
+        room = torch.cuda.get_device_properties(0).total_memory
+        print(f"So far {torch.cuda.max_memory_allocated() / 1e9:.1f} of the GPU's {room / 1e9:.1f} "
+              "GB were needed; batches that do not fit are computed in parts")
     return frame
 
 

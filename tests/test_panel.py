@@ -1,6 +1,7 @@
 """The panel: chooses one run, tells what is stored of it, and starts nothing by itself."""
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import ipywidgets as widgets
 import pytest
@@ -195,3 +196,17 @@ def test_a_plan_says_what_the_finished_runs_will_take(small, capsys, monkeypatch
 
 def test_the_size_of_dinos_vit_is_the_papers():
     assert display.size_of("vits16")[1] == 21_589_632
+
+
+def test_a_plan_says_how_much_of_the_gpus_memory_is_needed(small, capsys, monkeypatch):
+    display.SPEED[display.speed_key(CFG)] = 1.0
+    plan([CFG], Store())
+    assert "GPU" not in capsys.readouterr().out
+    for name, value in dict(is_available=True, max_memory_allocated=2.5e9,
+                            get_device_name="T4").items():
+        monkeypatch.setattr(display.torch.cuda, name, lambda value=value: value)
+    monkeypatch.setattr(display.torch.cuda, "get_device_properties",
+                        lambda i: SimpleNamespace(total_memory=16e9))
+    display.SPEED[display.speed_key(CFG)] = 1.0
+    plan([CFG], Store())
+    assert "So far 2.5 of the GPU's 16.0 GB were needed" in capsys.readouterr().out
