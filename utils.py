@@ -153,7 +153,7 @@ def sample_labels(model: nn.Module, images: Tensor, seed: int, batch: int = 500)
     """Labels (n,) drawn from the model's own predictive distribution, in eval mode."""
     draw = rng("labels", seed)
     model.eval()
-    with torch.inference_mode():
+    with torch.no_grad():  # not inference_mode: the labels go into `sensitivity`
         return torch.cat([_sample(model(prepare(x, model)).log_softmax(1), draw)
                           for x in images.split(batch)])
 

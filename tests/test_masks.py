@@ -510,3 +510,15 @@ def test_overlap_by_hand():
     assert overlap(a, a) == 1
     none = {n: torch.zeros_like(c) for n, c in a.items()}
     assert (overlap(a, none), overlap(none, none)) == (0, 1)
+
+
+# ------------------------------------------------------------------ small enough for paper
+def test_a_toy_by_hand():
+    """p = 1/2 for both classes: every image adds (x_i / 2)^2, whatever label is drawn."""
+    toy = nn.Sequential(nn.Linear(2, 2, bias=False))
+    nn.init.zeros_(toy[0].weight)
+    x = torch.tensor([[3.0, 0.1], [-3.0, 0.1], [3.0, -0.1], [-3.0, -0.1]])
+    scores = sensitivity(toy, x, sample_labels(toy, x, seed=0))["0.weight"]
+    assert torch.allclose(scores, torch.tensor([[9.0, 0.01]] * 2, dtype=torch.float64))
+    free = calibrate_mask(toy, x, rule="least_sensitive", sparsity=0.5, rounds=1)["0.weight"]
+    assert free.tolist() == [[False, True]] * 2
