@@ -5,7 +5,7 @@ import math
 import os
 import warnings
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import safetensors.torch
@@ -216,8 +216,8 @@ class Store:
                     groups.setdefault(group, {})[n] = w
             params, best = groups.pop("params"), groups.pop("best", None)
             best = params if best is None and card["best_round"] else best
-            state = State(params, memory=groups, best=best, **card)
-            state = replace(state, history=tuple(state.history))
+            state = State(params, card.pop("round"), tuple(card.pop("history")), groups, best,
+                          **card)
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise ValueError(f"{name} is no checkpoint of a run: {error!r}") from error
         _refuse_other(cfg, other)
