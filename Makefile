@@ -1,7 +1,6 @@
 # make demo | test | figures | report | bench: each sets up .venv on first use.
 VENV ?= .venv
 PYTHON := $(VENV)/bin/python
-FLOWER := $(VENV)/bin/pip install --quiet --disable-pip-version-check "flwr[simulation]>=1.41"
 export DATA_DIR ?= $(CURDIR)/data
 
 .PHONY: demo again test browser colab flower lint figures bench report trust mutants clean
@@ -10,6 +9,11 @@ $(VENV)/installed: requirements.txt
 	python3 -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements.txt \
 		nbclient nbformat ipykernel pytest pytest-xdist hypothesis ruff
+	touch $@
+
+$(VENV)/extras: $(VENV)/installed
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check "flwr[simulation]>=1.41" \
+		jupyterlab playwright
 	touch $@
 
 demo: $(VENV)/installed  ## all notebooks in the demo preset, on a CPU in minutes
@@ -27,16 +31,14 @@ report: $(VENV)/installed  ## report/report.pdf from results/ and figures/; its 
 		SOURCE_DATE_EPOCH=0 latexmk -gg -pdf -interaction=nonstopmode -halt-on-error report.tex; \
 	else echo "report.pdf is left as it is: no latexmk, pdflatex or bibtex (texlive-latex-extra)"; fi
 
-bench: $(VENV)/installed  ## speed and memory as ratios, into benchmarks/results/
-	-$(FLOWER)
+bench: $(VENV)/extras  ## speed and memory as ratios, into benchmarks/results/
 	for script in round_cost against_naive scaling gpu against_flower; do \
 		$(PYTHON) benchmarks/$$script.py || exit 1; done
 
 test: $(VENV)/installed lint  ## on a CPU, without network; browser and Flower have their own
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --ignore tests/test_flower.py
 
-browser: $(VENV)/installed  ## a person at the panel: JupyterLab in Debian's Chromium
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check jupyterlab playwright
+browser: $(VENV)/extras  ## a person at the panel: JupyterLab in Debian's Chromium
 	command -v chromium || { apt-get update -qq && apt-get install -y -qq chromium; } >/dev/null || true
 	$(PYTHON) -m pytest -m browser -rs tests/test_browser.py
 
@@ -49,8 +51,7 @@ colab: $(VENV)/installed  ## the panel and a notebook under Colab's versions of 
 	.venv-colab/bin/python -m pytest tests/test_panel.py
 	PRESET=demo .venv-colab/bin/python tests/run_notebooks.py 03
 
-flower: $(VENV)/installed  ## the Flower app, on its simulation engine and over a real SuperLink
-	$(FLOWER)
+flower: $(VENV)/extras  ## the Flower app, on its simulation engine and over a real SuperLink
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest tests/test_flower.py
 
 lint: $(VENV)/installed
