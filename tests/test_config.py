@@ -4,7 +4,7 @@ from dataclasses import FrozenInstanceError, fields, replace
 import pytest
 import torch
 
-from utils import NOTES, Config, digest, identity, load_data, preset, run_name
+from utils import NOTES, Config, digest, identity, load_data, preset, run_name, shard
 
 NAN, INF = float("nan"), float("inf")
 OTHER = dict(  # a value that is not the default, for every field but the name
@@ -85,6 +85,10 @@ def test_the_demo_without_cifar_warns_and_takes_synthetic_images(no_cifar):
         c = preset("demo", seed=5)
     assert (c.dataset, c.seed, c.image_size) == ("synthetic", 5, 32)
     assert {"SYNTHETIC DATA"} == NOTES  # for the figures to say
+    data = load_data(c)
+    labels = data.labels.numpy()[data.train]
+    for nc in (None, 50, 10, 5, 1):  # the demo's notebooks share it out in all these ways
+        assert len(shard(labels, c.num_clients, nc, c.seed)) == 100
 
 
 def test_the_demo_with_cifar_takes_it_silently(fake_cifar, recwarn):
