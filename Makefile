@@ -52,7 +52,7 @@ colab: $(VENV)/installed  ## the panel and a notebook under Colab's versions of 
 	PRESET=demo .venv-colab/bin/python tests/run_notebooks.py 03
 
 flower: $(VENV)/extras  ## the Flower app, on its simulation engine and over a real SuperLink
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest tests/test_flower.py
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest tests/test_flower.py $(FAILED)
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
