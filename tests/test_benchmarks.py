@@ -165,15 +165,21 @@ def test_work_is_timed_in_turns_after_a_warm_up():
 
 
 def test_the_peak_forgets_what_came_before():
-    block = torch.ones(100 * 2**18)  # 100 MB
-    held = common.peak()
-    del block
-    common.forget_peak()
-    after = common.peak()
-    assert after < held - 90
-    block = torch.ones(200 * 2**18)
-    assert after + 180 < common.peak() < after + 220
-    assert block[0] == 1
+    """In a process of its own: here other tests' memory comes and goes beside it."""
+    found = common.child("-c", """
+import json, sys
+sys.path[:0] = ["benchmarks", "."]
+import common, torch
+block = torch.ones(300 * 2**18)  # 300 MB
+held = common.peak()
+del block
+common.forget_peak()
+after = common.peak()
+block = torch.ones(600 * 2**18)
+print(json.dumps(dict(held=held, after=after, again=common.peak())))
+""")
+    assert found["after"] < found["held"] - 200
+    assert found["again"] > found["after"] + 500
 
 
 def test_flops_are_those_of_the_matrix_products(small):
