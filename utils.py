@@ -32,6 +32,9 @@ from notebooks.store import State, Store, dump
 
 
 # ------------------------------------------------------------------ SparseSGDM
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of a weight
+
+
 class SparseSGDM(torch.optim.SGD):
     """SGD with momentum that moves only entries whose mask is True; without one, torch.optim.SGD.
 
@@ -55,17 +58,19 @@ class SparseSGDM(torch.optim.SGD):
         super().__init__(named.values(), lr, momentum, dampening,
                          weight_decay if mask is None else 0.0, nesterov, foreach=True)
         self.decay = weight_decay
-        self.frozen = None if mask is None else {p: mask[n] == 0 for n, p in named.items()}
+        self.bits = None if mask is None else {p: mask[n].to(_BITS[p.element_size()])
+                                               for n, p in named.items()}
 
     def step(self, closure=None):
         loss = closure() if closure else None
-        if self.frozen is not None:
-            params = [p for p in self.frozen if p.grad is not None]
+        if self.bits is not None:
+            params = [p for p in self.bits if p.grad is not None]
             grads = [p.grad for p in params]
             with torch.no_grad():
                 torch._foreach_add_(grads, params, alpha=self.decay)
-                for p in params:  # not multiplied: zero times NaN would move a frozen weight
-                    p.grad.masked_fill_(self.frozen[p], 0)
+                # by 1 or 0 as whole numbers: a float's zero times NaN would move a frozen weight
+                torch._foreach_mul_([g.view(_BITS[g.element_size()]) for g in grads],
+                                    [self.bits[p] for p in params])
         super().step()
         return loss
 
@@ -133,8 +138,7 @@ def sensitivity(model: nn.Module, images: Tensor, labels: Tensor | np.random.Gen
             x = prepare(images[i:i + chunk], model).detach().requires_grad_()
             logp = torch.func.functional_call(model, weights, (x,)).log_softmax(1)
             y = labels[i:i + chunk] if isinstance(labels, Tensor) else _sample(logp, labels)
-            if isinstance(labels, Tensor):
-                refuse_labels(y, len(x), logp.shape[1])
+            refuse_labels(y, len(x), logp.shape[1])
             torch.autograd.grad(logp.gather(1, y[:, None]).sum(), x)
     finally:
         for hook in hooks:
@@ -302,9 +306,15 @@ class Run:
             p.numel() for p in self.trained.values())
 
     @cached_property
-    def factors(self) -> Params | None:
-        """The mask as 0 and 1 in the weights' type, made once for all clients."""
-        return self.mask and {n: self.mask[n].to(p) for n, p in self.trained.items()}
+    def _optimizer(self) -> SparseSGDM:
+        return SparseSGDM(self.trained.items(), self.cfg.lr, self.cfg.momentum,
+                          self.cfg.weight_decay, mask=self.mask)
+
+    def optimizer(self, lr: float) -> SparseSGDM:
+        """Fresh momentum; the mask is checked and laid out once for all clients and rounds."""
+        self._optimizer.state.clear()
+        self._optimizer.param_groups[0]["lr"] = lr
+        return self._optimizer
 
     def load(self, params: Params):
         torch._foreach_copy_([p.data for p in self.trained.values()],
@@ -380,7 +390,7 @@ def client_update(run: Run, state: State, k: int, lr: float) -> tuple[Params, Te
             torch._foreach_sub_(grads, own)
 
     run.load(state.params)
-    opt = SparseSGDM(run.trained.items(), lr, cfg.momentum, cfg.weight_decay, mask=run.factors)
+    opt = run.optimizer(lr)
     draw, need = rng("client", cfg.seed, state.round, k), cfg.local_steps * cfg.batch_size
     passes = [draw.permutation(run.shards[k]) for _ in range(-(-need // len(run.shards[k])))]
     for images, labels in batches(run, np.concatenate([*passes, run.shards[k]])[:need], draw):
@@ -414,9 +424,8 @@ def federated_round(run: Run, state: State, ask=ask_clients) -> State:
         if cfg.algorithm == "scaffold":
             controls[k] = new_control(cfg, state, k, vector, lr)
     sum_over_ranks(*mean.values(), squares, losses)
-    memory = state.memory
-    if cfg.algorithm == "scaffold":
-        memory = memory | move_control(cfg, state, clients, controls)
+    memory = state.memory | (move_control(cfg, state, clients, controls)
+                             if cfg.algorithm == "scaffold" else {})
     fedexp = squares.mean() / (2 * (squared_norm(mean) + 1e-12))  # Jhunjhunwala et al. 2023, eq. 8
     params, memory = server_step(cfg, state.params, mean, fedexp.clamp(min=1), memory)
     norms = torch.stack([squares.mean().sqrt(), squared_norm(mean).sqrt(), fedexp])
@@ -494,7 +503,7 @@ def centralized_epoch(run: Run, state: State) -> State:
     """One epoch over the training part, momentum carried on; the rate is set at every step."""
     cfg, draw = run.cfg, rng("epoch", run.cfg.seed, state.round)
     run.load(state.params)
-    opt = SparseSGDM(run.trained.items(), cfg.lr, cfg.momentum, cfg.weight_decay, mask=run.factors)
+    opt = run.optimizer(cfg.lr)
     for n, buffer in state.memory.get("momentum", {}).items():
         opt.state[run.trained[n]]["momentum_buffer"] = buffer.clone()
     steps, loss = math.ceil(len(run.data.train) / cfg.batch_size), 0.0
