@@ -348,7 +348,8 @@ class Panel:
     def tabulate(self):
         """Lists the stored runs, and learns from them how long a step takes here."""
         self.listed = self.store.names("*.json")
-        results = [json.loads(self.store.read(n)) for n in self.listed]
+        found = map(self.store.find, self.listed)  # a damaged one is no obstacle to the others
+        results = [json.loads(content) for content in found if content]
         for result in results:
             cfg, rounds = Config(**result["config"]), len(result["history"])
             if result["hardware"] == hardware() and cfg.local_steps and rounds:
