@@ -8,6 +8,7 @@ import json
 import math
 import os
 import platform
+import re
 import warnings
 import zipfile
 from contextlib import nullcontext
@@ -23,6 +24,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
+from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 from torch import Tensor, nn
@@ -406,6 +408,7 @@ def prepare(images: Tensor, model: nn.Module) -> Tensor:
 ARCHS = {"vits16": dict(model_name="vit_small_patch16_224"),
          "mini": dict(model_name="vit_tiny_patch16_224", patch_size=8, embed_dim=128, depth=6,
                       num_heads=4)}
+DINO_HUB = ("timm/vit_small_patch16_224.dino", "model.safetensors")
 DINO = "https://dl.fbaipublicfiles.com/dino/dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth"
 HEAD = ("head.weight", "head.bias")
 
@@ -434,22 +437,51 @@ def build_model(cfg: Config, num_classes: int = 100) -> nn.Module:
 
 def _read_weights(source: str) -> Params:
     """Backbone weights in float32: "dino", "mini", or a .safetensors, .pth or .pt file."""
-    path = str(ROOT / "weights" / "mini.safetensors") if source == "mini" else source
-    if path != "dino":
-        return _read_file(path)
-    errors = []  # not checked against a published checksum; a result stores its backbone's SHA-256
-    for download in (lambda: timm.create_model("vit_small_patch16_224.dino", pretrained=True,
-                                               num_classes=0).state_dict(),
-                     lambda: torch.hub.load_state_dict_from_url(DINO, map_location="cpu",
-                                                                weights_only=True)):
+    if source != "dino":
+        return _read_file(str(ROOT / "weights/mini.safetensors") if source == "mini" else source)
+    errors = []
+    for fetch in (_from_hub, _from_release):
         try:
-            return download()
+            path, sha = fetch()
         except Exception as error:  # the hub clients raise many kinds: all are reported below
             errors.append(f"{type(error).__name__}: {str(error)[:200]}")
+            continue
+        if sha != (found := _sha256(path)):
+            raise ValueError(f"{path} has SHA-256 {found} and not {sha}: it is damaged, or another "
+                             "file. Delete it and run again.")
+        return _read_file(path)
     raise FileNotFoundError(
         "DINO's weights cannot be downloaded. Connect to the network and run again; or put "
         f"{DINO.rpartition('/')[2]} on disk and set weights='<its path>'; or use the small ViT of "
         f"this repository, preset('demo'). Tried: {'; '.join(errors)}")
+
+
+def _from_hub() -> tuple[str, str]:
+    """Path of timm's copy on the Hugging Face Hub, and the SHA-256 that the Hub publishes of it."""
+    path = hf_hub_download(*DINO_HUB)
+    blob = os.path.basename(os.path.realpath(path))  # the cache calls a blob by its SHA-256
+    if re.fullmatch("[0-9a-f]{64}", blob):
+        return path, blob
+    return path, get_hf_file_metadata(hf_hub_url(*DINO_HUB)).etag  # a cache without links
+
+
+def _from_release() -> tuple[str, str]:
+    """Path of the authors' file and its SHA-256 when it was downloaded: they publish none."""
+    path = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(DINO))
+    if not os.path.exists(path):
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        torch.hub.download_url_to_file(DINO, path)
+    known = Path(f"{path}.sha256")
+    if not known.exists():
+        known.write_text(sha := _sha256(path))
+        warnings.warn(f"The authors of DINO publish no checksum: {path} has SHA-256 {sha} and must "
+                      "keep it from now on.", stacklevel=2)
+    return path, known.read_text()
+
+
+def _sha256(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read_file(path: str) -> Params:

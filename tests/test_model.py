@@ -1,4 +1,7 @@
+import hashlib
 import math
+import warnings
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
@@ -37,7 +40,7 @@ def from_file(path, **changes):
 
 
 def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+    return a.keys() == b.keys() and all(torch.equal(a[n], b[n].float()) for n in a)
 
 
 # ---------------------------------------------------------------- weights
@@ -145,9 +148,34 @@ def offline(*args, **kwargs):
     raise ConnectionError("no route to host")
 
 
-def test_without_network_dinos_error_names_the_three_remedies(monkeypatch):
-    monkeypatch.setattr("timm.create_model", offline)
-    monkeypatch.setattr("torch.hub.load_state_dict_from_url", offline)
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """The two places of DINO's weights: their download gives this repository's small ViT.
+
+    `cache(name)` has the Hugging Face Hub answer with a link to a blob of that name.
+    """
+    content, home = (ROOT / "weights" / "mini.safetensors").read_bytes(), tmp_path / "hub"
+    release = home / "checkpoints" / "dino_deitsmall16_pretrain.pth"
+    monkeypatch.setattr("torch.hub.get_dir", lambda: str(home))
+
+    def download(url, path):
+        assert url == utils.DINO
+        torch.save(safetensors.torch.load(content), path)
+
+    def cache(name, damage=b"", linked=True):
+        (tmp_path / name).write_bytes(content + damage)
+        link = tmp_path / "model.safetensors"
+        link.symlink_to(tmp_path / name) if linked else link.write_bytes(content + damage)
+        monkeypatch.setattr(basics, "hf_hub_download", lambda repo, file: str(link))
+
+    monkeypatch.setattr(basics, "hf_hub_download", offline)
+    monkeypatch.setattr("torch.hub.download_url_to_file", download)
+    return SimpleNamespace(release=release, cache=cache, sha=hashlib.sha256(content).hexdigest(),
+                           weights=safetensors.torch.load(content))
+
+
+def test_without_network_dinos_error_names_the_three_remedies(hub, monkeypatch):
+    monkeypatch.setattr("torch.hub.download_url_to_file", offline)
     with pytest.raises(FileNotFoundError) as error:
         basics._read_weights("dino")
     for part in ("network", "dino_deitsmall16_pretrain.pth", "weights='<its path>'",
@@ -155,11 +183,45 @@ def test_without_network_dinos_error_names_the_three_remedies(monkeypatch):
         assert part in str(error.value)
 
 
-def test_dinos_own_server_is_asked_when_the_hub_fails(monkeypatch):
-    monkeypatch.setattr("timm.create_model", offline)
-    monkeypatch.setattr("torch.hub.load_state_dict_from_url",
-                        lambda url, **options: {"url": url, "safe": options["weights_only"]})
-    assert basics._read_weights("dino") == {"url": utils.DINO, "safe": True}
+def test_both_of_dinos_addresses_are_encrypted():
+    assert utils.DINO.startswith("https://")
+    assert basics.hf_hub_url(*basics.DINO_HUB).startswith("https://huggingface.co/timm/vit_small")
+
+
+def test_the_hubs_copy_of_dino_must_have_the_checksum_that_the_hub_publishes(hub):
+    hub.cache(hub.sha)
+    assert same(basics._read_weights("dino"), hub.weights)
+    assert not hub.release.exists()  # the second source is not asked
+
+
+def test_a_damaged_copy_from_the_hub_is_refused(hub, tmp_path):
+    hub.cache(hub.sha, damage=b" ")
+    with pytest.raises(ValueError, match=f"not {hub.sha}.*Delete it"):
+        basics._read_weights("dino")
+
+
+@pytest.mark.parametrize("damage", [b"", b" "])
+def test_where_the_cache_has_no_links_the_hub_is_asked_for_the_checksum(hub, monkeypatch, damage):
+    hub.cache("blob", damage, linked=False)
+    monkeypatch.setattr(basics, "get_hf_file_metadata",
+                        lambda url: SimpleNamespace(etag=hub.sha if "vit_small" in url else ""))
+    if damage:
+        with pytest.raises(ValueError, match=hub.sha):
+            basics._read_weights("dino")
+    else:
+        assert same(basics._read_weights("dino"), hub.weights)
+
+
+def test_dinos_own_server_is_asked_when_the_hub_fails_and_its_file_must_stay_as_it_is(hub):
+    with pytest.warns(UserWarning, match="publish no checksum.*SHA-256 [0-9a-f]{64}"):
+        assert same(basics._read_weights("dino"), hub.weights)
+    with warnings.catch_warnings(action="error"):
+        assert same(basics._read_weights("dino"), hub.weights)
+    content = bytearray(hub.release.read_bytes())
+    content[len(content) // 2] ^= 1
+    hub.release.write_bytes(content)
+    with pytest.raises(ValueError, match="dino_deitsmall16_pretrain.pth has SHA-256"):
+        basics._read_weights("dino")
 
 
 def test_the_default_model_is_a_vit_s16():

@@ -122,14 +122,15 @@ def test_a_pickle_that_is_called_safetensors_never_runs(tmp_path):
     assert not (tmp_path / "owned").exists()
 
 
-def test_the_download_of_dino_runs_no_code_either(monkeypatch):
-    asked = {}
-    monkeypatch.setattr("timm.create_model", lambda *a, **k: 1 / 0)
-    monkeypatch.setattr("torch.hub.load_state_dict_from_url",
-                        lambda url, **options: asked.update(options, url=url) or {})
-    basics._read_weights("dino")
-    assert asked["weights_only"] is True
-    assert asked["url"].startswith("https://")
+def test_the_download_of_dino_runs_no_code_either(tmp_path, monkeypatch):
+    monkeypatch.setattr(basics, "hf_hub_download", lambda *a: 1 / 0)
+    monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr("torch.hub.download_url_to_file",
+                        lambda url, path: torch.save(Code(tmp_path / "owned"), path))
+    with (pytest.raises(ValueError, match="is not a file of weights"),
+          pytest.warns(UserWarning, match="checksum")):
+        basics._read_weights("dino")
+    assert not (tmp_path / "owned").exists()
 
 
 # ------------------------------------------------------------------ checkpoints and the cache
