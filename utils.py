@@ -1,6 +1,5 @@
 """Federated learning under the lens of task arithmetic: masks, federated averaging, training.
 
-In reading order: SparseSGDM, sensitivity and masks, task vectors, federated averaging, training.
 Below lie notebooks/basics.py (configuration, randomness, data, model) and notebooks/store.py
 (checkpoints and results), above it notebooks/display.py (panel, tables, figures); this module has
 all their names, so that it is the one to import. Weights, scores, masks and task vectors have one
@@ -23,10 +22,11 @@ from tqdm.auto import tqdm
 
 # isort: off
 from notebooks.basics import (  # noqa: F401  handed on
-    ARCHS, DINO, HEAD, NO_CONTEXT, NOTES, PRESETS, ROOT, RULES, STREAMS, Config, Data, Params,
-    augment, backbone, build_model, code_version, device, digest, evaluate, features, hardware,
-    identity, learning_rate, load_data, precision, prepare, preset, ranks, refuse_labels,
-    ridge_from_sums, ridge_head, ridge_sums, rng, run_name, shard, sharpen, split, sum_over_ranks)
+    ARCHS, DINO, HEAD, NOTES, NO_CONTEXT, PRESETS, ROOT, RULES, STREAMS, Config, Data, Params,
+    augment, backbone, build_model, code_version, cohort, device, digest, evaluate, features, flat,
+    hardware, identity, learning_rate, load_data, precision, prepare, preset, ranks, refuse_labels,
+    ridge_from_sums, ridge_head, ridge_sums, rng, run_name, shard, sharpen, split, squared_norm,
+    sum_over_ranks, unflat)
 from notebooks.store import State, Store, dump
 # isort: on
 
@@ -160,15 +160,6 @@ def sample_labels(model: nn.Module, images: Tensor, seed: int, batch: int = 500)
     with torch.no_grad():  # not inference_mode: the labels go into `sensitivity`
         return torch.cat([_sample(model(prepare(x, model)).log_softmax(1), draw)
                           for x in images.split(batch)])
-
-
-def flat(params: Params) -> Tensor:
-    return torch.cat([p.flatten() for p in params.values()])
-
-
-def unflat(vector: Tensor, like: Params) -> Params:
-    parts = vector.split([p.numel() for p in like.values()])
-    return {n: part.view_as(p) for (n, p), part in zip(like.items(), parts, strict=True)}
 
 
 def lowest(scores: Tensor, k: int, draw: np.random.Generator) -> Tensor:
@@ -316,16 +307,13 @@ class Run:
         self._optimizer.param_groups[0]["lr"] = lr
         return self._optimizer
 
+    def vector(self, server: Params) -> Params:
+        """The task vector of the weights that the model holds."""
+        return task_vector({n: p.detach() for n, p in self.trained.items()}, server)
+
     def load(self, params: Params):
         torch._foreach_copy_([p.data for p in self.trained.values()],
                              [params[n] for n in self.trained])
-
-
-def cohort(num_clients: int, share: float, *key) -> np.ndarray:
-    """max(1, round(share * K)) clients without replacement, drawn from (stream, seed, round)."""
-    if not 0 < share <= 1:
-        raise ValueError(f"{share=} of the clients must lie between 0 and 1")
-    return rng(*key).choice(num_clients, max(1, round(share * num_clients)), replace=False)
 
 
 def batches(run: Run, order: np.ndarray, draw: np.random.Generator):
@@ -370,12 +358,11 @@ def sgd_step(run: Run, opt: SparseSGDM, images: Tensor, labels: Tensor, adjust=N
     return loss
 
 
-def client_update(run: Run, state: State, k: int, lr: float) -> tuple[Params, Tensor]:
-    """J local steps of client k from the server's weights w: its task vector w_k - w, mean loss.
+def client_update(run: Run, state: State, k: int, lr: float) -> Tensor:
+    """J local steps of client k on the model, which holds the server's weights w; the mean loss.
 
-    The vector is the model's own memory, good until the next client starts: memory does not grow
-    with the cohort. FedProx pulls towards w (Li et al. 2018, eq. 2); SCAFFOLD adds c - c_k
-    (Karimireddy et al. 2020, Algorithm 1).
+    FedProx pulls towards w (Li et al. 2018, eq. 2); SCAFFOLD adds c - c_k (Karimireddy et al. 2020,
+    Algorithm 1).
     """
     cfg, server = run.cfg, list(state.params.values())
     theta, loss = [p.data for p in run.trained.values()], server[0].new_zeros(())
@@ -389,18 +376,34 @@ def client_update(run: Run, state: State, k: int, lr: float) -> tuple[Params, Te
         if own:
             torch._foreach_sub_(grads, own)
 
-    run.load(state.params)
     opt = run.optimizer(lr)
     draw, need = rng("client", cfg.seed, state.round, k), cfg.local_steps * cfg.batch_size
     passes = [draw.permutation(run.shards[k]) for _ in range(-(-need // len(run.shards[k])))]
     for images, labels in batches(run, np.concatenate([*passes, run.shards[k]])[:need], draw):
         loss += sgd_step(run, opt, images, labels, adjust)
-    torch._foreach_sub_(theta, server)
-    return dict(zip(run.trained, theta, strict=True)), loss / max(1, cfg.local_steps)
+    return loss / max(1, cfg.local_steps)
+
+
+def collect(run: Run, server: Params, mean: Params, share: float) -> Tensor:
+    """Adds `share` of the model's task vector w_k - w to the mean; its squared norm.
+
+    The model then holds w again, for the next client: memory does not grow with the cohort. One
+    pass does it all, for a GPU in few launches, on a CPU a weight at a time while it is in cache.
+    """
+    weights, norms = [[p.data for p in run.trained.values()], *(
+        [params[n] for n in run.trained] for params in (server, mean))], []
+    step = 1 if weights[0][0].device.type == "cpu" else len(run.trained)
+    for i in range(0, len(run.trained), step):
+        theta, w, total = (part[i:i + step] for part in weights)
+        torch._foreach_sub_(theta, w)
+        torch._foreach_add_(total, theta, alpha=share)
+        norms += torch._foreach_norm(theta)
+        torch._foreach_copy_(theta, w)
+    return torch.stack(norms).square().sum()
 
 
 def ask_clients(run: Run, state: State, clients: list[int], lr: float) -> dict:
-    """Of each client that answers, in the cohort's order, a call for its `client_update`."""
+    """Of each client that answers, in order, a call that trains the model's weights: its loss."""
     return {k: partial(client_update, run, state, k, lr) for k in clients}
 
 
@@ -416,19 +419,19 @@ def federated_round(run: Run, state: State, ask=ask_clients) -> State:
     total, (rank, world) = sum(len(run.shards[k]) for k in clients), ranks()
     mean, controls = {n: torch.zeros_like(w) for n, w in state.params.items()}, {}
     squares, losses = next(iter(mean.values())).new_zeros(2, len(clients))
+    run.load(state.params)
     for i, k in list(enumerate(clients))[rank::world]:  # under torchrun each process has its share
-        vector, losses[i] = answers[k]()
-        torch._foreach_add_(list(mean.values()), list(vector.values()),
-                            alpha=len(run.shards[k]) / total)
-        squares[i] = squared_norm(vector)
+        losses[i] = answers[k]()
         if cfg.algorithm == "scaffold":
-            controls[k] = new_control(cfg, state, k, vector, lr)
+            controls[k] = new_control(cfg, state, k, run.vector(state.params), lr)
+        squares[i] = collect(run, state.params, mean, len(run.shards[k]) / total)
     sum_over_ranks(*mean.values(), squares, losses)
     memory = state.memory | (move_control(cfg, state, clients, controls)
                              if cfg.algorithm == "scaffold" else {})
-    fedexp = squares.mean() / (2 * (squared_norm(mean) + 1e-12))  # Jhunjhunwala et al. 2023, eq. 8
+    square = squared_norm(mean)
+    fedexp = squares.mean() / (2 * (square + 1e-12))  # Jhunjhunwala et al. 2023, eq. 8
     params, memory = server_step(cfg, state.params, mean, fedexp.clamp(min=1), memory)
-    norms = torch.stack([squares.mean().sqrt(), squared_norm(mean).sqrt(), fedexp])
+    norms = torch.stack([squares.mean().sqrt(), square.sqrt(), fedexp])
     # the round's only wait for the device:
     *losses, client_norm, mean_norm, step = torch.cat([losses, norms]).tolist()
     watched = dict(zip(clients, losses, strict=True)) | {"norm of the task vectors": client_norm}
@@ -441,10 +444,6 @@ def federated_round(run: Run, state: State, ask=ask_clients) -> State:
     row |= dict(lost=[k for k in drawn if k not in answers]) if len(clients) < len(drawn) else {}
     return replace(state, params=params, memory=memory, round=row["round"],
                    history=(*state.history, row))
-
-
-def squared_norm(params: Params) -> Tensor:
-    return torch.stack(torch._foreach_norm(list(params.values()))).square().sum()
 
 
 def refuse_divergence(cfg: Config, watched: dict, unit: int, lr: float):
@@ -481,8 +480,8 @@ def server_step(cfg: Config, params: Params, mean: Params, fedexp: Tensor, memor
     """(weights, memory) from the mean task vector: FedAvg, FedExP, or a torch optimizer for which
     it is the negative gradient (FedAvgM, Hsu et al. 2019; FedAdam, Reddi et al. 2021)."""
     if cfg.server in ("average", "fedexp"):
-        eta = fedexp if cfg.server == "fedexp" else 1.0
-        return {n: w + eta * mean[n] for n, w in params.items()}, memory
+        mean = scale(mean, fedexp) if cfg.server == "fedexp" else mean
+        return add(params, mean), memory
     weights = {n: nn.Parameter(w.clone()) for n, w in params.items()}
     if cfg.server == "momentum":
         opt = torch.optim.SGD(weights.values(), cfg.server_lr, cfg.server_momentum)

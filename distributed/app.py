@@ -50,8 +50,8 @@ def free_entries(run: Run) -> torch.Tensor | slice:
 
 
 def pack(run: Run, params: Params) -> Array:
-    """The free entries of weights or of a task vector, float32."""
-    vector = flat({n: params[n] for n in run.trained})
+    """The free entries of weights, float32."""
+    vector = flat({n: params[n].detach() for n in run.trained})
     return Array(vector[free_entries(run)].cpu().numpy())
 
 
@@ -98,18 +98,19 @@ def worker(config: str, expected: str, tensors: bytes) -> tuple[Run, State]:
 
 @client.train()
 def train_clients(message: Message, context: Context) -> Message:
-    """The task vectors and losses of the clients that the server names."""
+    """The weights and losses of the clients that the server names."""
     task = message.content["task"]
     if "setup" in message.content:
         context.state["setup"] = message.content["setup"]
     setup = context.state["setup"]
     run, start = worker(setup["config"], setup["facts"], setup["tensors"])
     params = unpack(run, message.content["weights"]["free"], start.params)
-    state, vectors, losses = State(params, round=task["round"]), ArrayRecord(), MetricRecord()
+    state, weights, losses = State(params, round=task["round"]), ArrayRecord(), MetricRecord()
     for k in task["clients"]:
-        vector, loss = client_update(run, state, k, task["lr"])
-        vectors[str(k)], losses[str(k)] = pack(run, vector), loss.item()
-    return Message(RecordDict({"vectors": vectors, "losses": losses}), reply_to=message)
+        run.load(params)
+        losses[str(k)] = client_update(run, state, k, task["lr"]).item()
+        weights[str(k)] = pack(run, run.trained)
+    return Message(RecordDict({"weights": weights, "losses": losses}), reply_to=message)
 
 
 # ------------------------------------------------------------------ the server
@@ -130,7 +131,7 @@ def ask_nodes(grid: Grid, known: set[int], timeout: float, run: Run, state: Stat
 
     RuntimeError where none answers; clients whom no node could train are left out, with a warning.
     """
-    zero, answers, failed = {n: torch.zeros_like(w) for n, w in state.params.items()}, {}, {}
+    answers, failed = {}, {}
     while waiting := [k for k in clients if k not in answers]:
         nodes = [node for node in sorted(grid.get_node_ids()) if node not in failed]
         share = {node: part for i, node in enumerate(nodes) if (part := waiting[i::len(nodes)])}
@@ -147,8 +148,8 @@ def ask_nodes(grid: Grid, known: set[int], timeout: float, run: Run, state: Stat
                 continue
             known.add(node)
             del failed[node]
-            answers |= {int(k): (vector, reply.content["losses"][k])
-                        for k, vector in reply.content["vectors"].items()}
+            answers |= {int(k): (weights, reply.content["losses"][k])
+                        for k, weights in reply.content["weights"].items()}
         known.difference_update(failed)
     if failed:
         log.warning("round %d: nodes failed: %s", state.round + 1, failed)
@@ -159,8 +160,9 @@ def ask_nodes(grid: Grid, known: set[int], timeout: float, run: Run, state: Stat
                     state.round + 1, waiting, len(answers))
 
     def answer(k):
-        vector, loss = answers.pop(k)
-        return unpack(run, vector, zero), loss
+        weights, loss = answers.pop(k)
+        run.load(unpack(run, weights, state.params))
+        return loss
     return {k: partial(answer, k) for k in clients if k in answers}
 
 

@@ -369,6 +369,13 @@ def _chain(total: np.ndarray, longer: np.ndarray, shorter: np.ndarray) -> list[t
     return []
 
 
+def cohort(num_clients: int, share: float, *key) -> np.ndarray:
+    """max(1, round(share * K)) clients without replacement, drawn from (stream, seed, round)."""
+    if not 0 < share <= 1:
+        raise ValueError(f"{share=} of the clients must lie between 0 and 1")
+    return rng(*key).choice(num_clients, max(1, round(share * num_clients)), replace=False)
+
+
 def augment(images: Tensor, draw: np.random.Generator, pad: int = 4) -> Tensor:
     """Random crop after zero-padding and random flip of uint8 (n, 3, h, w), in one gather."""
     n, _, height, width = images.shape
@@ -516,6 +523,19 @@ def _read_file(path: str) -> Params:
 def backbone(model: nn.Module) -> Params:
     """All weights but the head's."""
     return {n: w for n, w in model.state_dict().items() if n not in HEAD}
+
+
+def flat(params: Params) -> Tensor:
+    return torch.cat([p.flatten() for p in params.values()])
+
+
+def unflat(vector: Tensor, like: Params) -> Params:
+    parts = vector.split([p.numel() for p in like.values()])
+    return {n: part.view_as(p) for (n, p), part in zip(like.items(), parts, strict=True)}
+
+
+def squared_norm(params: Params) -> Tensor:
+    return torch.stack(torch._foreach_norm(list(params.values()))).square().sum()
 
 
 def features(model: nn.Module, images: Tensor, batch: int = 500) -> Tensor:

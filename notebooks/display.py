@@ -67,8 +67,11 @@ def diagnose(cfg: Config, store: Store, alphas=(0.0, 0.5, 1.0, 1.5, 2.0, 3.0)) -
         run, state = open_run(cfg, store)
         state = replace(state, params=state.best, memory={}, round=cfg.num_rounds)
         clients = cohort(cfg.num_clients, cfg.participation, "cohort", cfg.seed, state.round)
-        vectors = [{n: v.clone() for n, v in client_update(run, state, k, cfg.lr)[0].items()}
-                   for k in clients.tolist()]
+        vectors = []
+        for k in clients.tolist():
+            run.load(state.params)
+            client_update(run, state, k, cfg.lr)
+            vectors.append(run.vector(state.params))
         mean = {n: torch.stack([v[n] for v in vectors]).mean(0) for n in vectors[0]}
         index, losses = run.data.val[:run.cfg.eval_images], []
         for alpha in alphas:
@@ -252,9 +255,9 @@ def measure_speed(cfg: Config) -> float:
                        image_size=cfg.image_size, batch_size=cfg.batch_size,
                        precision=cfg.precision)
         run, state = open_run(plain, Store(Path(os.devnull)))
-        client_update(run, state, 0, cfg.lr)[1].item()
+        client_update(run, state, 0, cfg.lr).item()
         began = time.monotonic()
-        client_update(run, state, 0, cfg.lr)[1].item()
+        client_update(run, state, 0, cfg.lr).item()
         SPEED[speed_key(cfg)] = (time.monotonic() - began) / 3
     return SPEED[speed_key(cfg)]
 

@@ -54,6 +54,13 @@ def half_mask(run: Run) -> dict:
     return {n: (torch.arange(p.numel()) % 2 == 0).view_as(p) for n, p in run.trained.items()}
 
 
+def one_client(run: Run, state: State, k: int, lr: float) -> tuple[dict, torch.Tensor]:
+    """The task vector of client k from the server's weights, and its mean loss."""
+    run.load(state.params)
+    loss = utils.client_update(run, state, k, lr)
+    return run.vector(state.params), loss
+
+
 def rounds(run: Run, state: State, n: int) -> State:
     for _ in range(n):
         state = utils.federated_round(run, state)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import half_mask, rounds, same, small_run
+from helpers import half_mask, one_client, rounds, same, small_run
 from torch import nn
 
 import utils
@@ -42,12 +42,11 @@ def close(a, b, tol=1e-6):
 
 
 def fake_clients(monkeypatch, *vectors):
-    """Client k reports vectors[k] (a number filling every entry, or weights) and a loss."""
+    """Client k moves by vectors[k], a number for every entry, or weights; its loss is 1 + k."""
     def update(run, state, k, lr):
         v = vectors[k]
-        fill = v if isinstance(v, dict) else {n: torch.full_like(w, v) for n, w in
-                                              state.params.items()}
-        return {n: w.clone() for n, w in fill.items()}, torch.tensor(1.0 + k)
+        run.load({n: w + (v[n] if isinstance(v, dict) else v) for n, w in state.params.items()})
+        return torch.tensor(1.0 + k)
     monkeypatch.setattr(utils, "client_update", update)
 
 
@@ -79,7 +78,7 @@ def test_weights_of_the_aggregate_count_only_the_cohort(monkeypatch):
 def test_the_round_trains_the_cohort_of_its_seed_and_round(monkeypatch):
     cfg, asked = replace(CFG, num_clients=10, participation=0.3, seed=5), []
     fake = lambda run, state, k, lr: (asked.append((state.round, k)),  # noqa: E731
-                                      (scale(state.params, 0.0), torch.tensor(0.0)))[1]
+                                      torch.tensor(0.0))[1]
     monkeypatch.setattr(utils, "client_update", fake)
     rounds(*small_run(cfg), 3)
     assert asked == [(t, k) for t in range(3) for k in cohort(10, 0.3, "cohort", 5, t).tolist()]
@@ -125,7 +124,7 @@ def test_J_counts_steps_not_epochs(monkeypatch, steps):
     honest, sizes = utils.sgd_step, []
     monkeypatch.setattr(utils, "sgd_step", lambda run, opt, x, y, adjust=None:
                         (sizes.append(len(x)), honest(run, opt, x, y, adjust))[1])
-    vector, loss = utils.client_update(run, start, 0, 0.1)
+    vector, loss = one_client(run, start, 0, 0.1)
     assert sizes == [4] * steps
     assert (loss == 0) == (steps == 0) == all((v == 0).all() for v in vector.values())
 
@@ -174,15 +173,27 @@ def test_batches_differ_between_rounds_and_clients(monkeypatch):
 
 def test_every_client_starts_from_the_servers_weights(monkeypatch):
     run, start = small_run(CFG)
-    first, honest = [], utils.client_update
+    seen = []
     monkeypatch.setattr(utils, "sgd_step", lambda run, opt, x, y, adjust=None:
-                        (first.append({n: p.detach().clone() for n, p in run.trained.items()}),
+                        (seen.append({n: p.detach().clone() for n, p in run.trained.items()}),
                          [p.data.add_(1.0) for p in run.trained.values()], torch.tensor(0.0))[2])
-    for k in (2, 0):
-        first.clear()
-        honest(run, start, k, 0.1)
-        assert same(first[0], start.params)
-        assert not same(first[1], start.params)
+    rounds(run, start, 1)
+    firsts, seconds = seen[::CFG.local_steps], seen[1::CFG.local_steps]
+    assert len(firsts) == len(cohort(CFG.num_clients, CFG.participation, "cohort", 0, 0)) > 1
+    assert all(same(first, start.params) for first in firsts)
+    assert not any(same(second, start.params) for second in seconds)
+
+
+def test_the_model_holds_the_servers_weights_again_after_a_client():
+    run, start = small_run(CFG)
+    one_client(run, start, 0, 0.1)
+    mean = {n: torch.ones_like(w) for n, w in start.params.items()}
+    vector = run.vector(start.params)
+    square = utils.collect(run, start.params, mean, 0.25)
+    assert same({n: p.detach() for n, p in run.trained.items()}, start.params)
+    assert close(mean, {n: 1 + 0.25 * v for n, v in vector.items()})
+    assert square == pytest.approx(sum(v.square().sum().item() for v in vector.values()), rel=1e-5)
+    assert square > 0
 
 
 def test_every_client_starts_with_a_fresh_momentum_buffer(monkeypatch):
@@ -196,16 +207,14 @@ def test_every_client_starts_with_a_fresh_momentum_buffer(monkeypatch):
 
 def test_a_clients_vector_does_not_depend_on_who_came_before():
     run, start = small_run(CFG)
-    clone = lambda v: {n: w.clone() for n, w in v.items()}  # noqa: E731
-    alone = clone(utils.client_update(run, start, 1, 0.1)[0])
-    utils.client_update(run, start, 3, 0.1)
-    assert same(alone, clone(utils.client_update(run, start, 1, 0.1)[0]))
+    alone = one_client(run, start, 1, 0.1)[0]
+    one_client(run, start, 3, 0.1)
+    assert same(alone, one_client(run, start, 1, 0.1)[0])
 
 
 def test_local_steps_are_torch_sgd_with_momentum_and_decay(plain):
     run, start = small_run(replace(CFG, weight_decay=0.01, local_steps=6), [range(7)] * 4)
-    vector, loss = utils.client_update(run, start, 2, 0.1)
-    vector = {n: v.clone() for n, v in vector.items()}
+    vector, loss = one_client(run, start, 2, 0.1)
     draw = utils.rng("client", 0, 0, 2)
     order = np.concatenate([draw.permutation(np.arange(7)) for _ in range(4)])[:24]
     run.load(start.params)
@@ -294,7 +303,7 @@ def test_fedprox_with_mu_0_is_fedavg():
 def test_fedprox_pulls_each_local_step_towards_the_server(plain):
     cfg = Config(algorithm="fedprox", prox_mu=0.7, num_clients=1, **LINEAR | dict(local_steps=2))
     run, start = small_run(cfg, [range(10)], model=linear())
-    vector = utils.client_update(run, start, 0, 0.5)[0]
+    vector = one_client(run, start, 0, 0.5)[0]
     x, y, w = run.data.images[:10], run.data.labels[:10], start.params
     w1 = add(w, scale(gradient(run.model, w, x, y), -0.5))
     pulled = add(gradient(run.model, w1, x, y), scale(task_vector(w1, w), 0.7))
@@ -358,10 +367,7 @@ def test_scaffolds_controls_by_hand():
     run, start = small_run(cfg, [range(4), range(4, 16)])
     state, controls, c = start, [scale(start.params, 0.0)] * 2, scale(start.params, 0.0)
     for _ in range(3):
-        vectors = []
-        for k in range(2):
-            vector = utils.client_update(run, state, k, 0.1)[0]
-            vectors.append({n: v.clone() for n, v in vector.items()})
+        vectors = [one_client(run, state, k, 0.1)[0] for k in range(2)]
         fresh = [add(add(controls[k], scale(c, -1)), scale(vectors[k], -1 / (0.1 * 3)))
                  for k in range(2)]
         for k in range(2):
@@ -376,7 +382,7 @@ def test_scaffolds_first_control_is_the_clients_mean_gradient(plain):
     run, start = small_run(Config(algorithm="scaffold", num_clients=1, **LINEAR | dict(
         local_steps=3, momentum=0.9)), [range(10)], model=linear())
     tiny_rate = 1e-4  # the gradient stays the same
-    vector = utils.client_update(run, start, 0, tiny_rate)[0]
+    vector = one_client(run, start, 0, tiny_rate)[0]
     own = utils.new_control(run.cfg, start, 0, vector, tiny_rate)
     exact = gradient(run.model, start.params, run.data.images[:10], run.data.labels[:10])
     assert close(own, exact, 2e-3)
@@ -390,7 +396,7 @@ def test_scaffold_corrects_each_local_gradient_by_c_minus_ck(plain):
     state = replace(start, memory={"control": fill(0.5), "control/1": fill(0.2)})
     g = gradient(run.model, start.params, run.data.images[:10], run.data.labels[:10])
     for k, correction in ((1, 0.5 - 0.2), (2, 0.5)):  # client 2 was never drawn: c_k = 0
-        vector = utils.client_update(run, state, k, 0.1)[0]
+        vector = one_client(run, state, k, 0.1)[0]
         assert close(vector, scale(add(g, fill(correction)), -0.1))
 
 
@@ -440,9 +446,8 @@ def test_the_rows_loss_and_norms_by_hand(monkeypatch):
 
 def test_a_loss_that_is_not_finite_names_round_rate_and_clients(monkeypatch):
     run, start = small_run(replace(CFG, lr=0.25))
-    zero, losses = scale(start.params, 0.0), [1.0, float("nan"), 2.0, float("inf")]
-    monkeypatch.setattr(utils, "client_update",
-                        lambda run, s, k, lr: (zero, torch.tensor(losses[k])))
+    losses = [1.0, float("nan"), 2.0, float("inf")]
+    monkeypatch.setattr(utils, "client_update", lambda run, s, k, lr: torch.tensor(losses[k]))
     with pytest.raises(FloatingPointError, match=r"round or epoch 3 .*lr=0\.25") as error:
         federated_round(run, replace(start, round=2))
     named = str(error.value)
@@ -512,8 +517,8 @@ def test_lower_precision_follows_float32(kind, dtype):
     for precision in ("float32", kind):
         run, start = small_run(replace(CFG, precision=precision, num_clients=1, local_steps=5))
         run.model[-1].register_forward_hook(lambda m, i, out: used.append(out.dtype))
-        vector, loss = utils.client_update(run, start, 0, 0.1)
-        results.append((loss.item(), {n: v.clone() for n, v in vector.items()}))
+        vector, loss = one_client(run, start, 0, 0.1)
+        results.append((loss.item(), vector))
     assert used == [torch.float32] * 5 + [dtype] * 5
     assert results[1][0] == pytest.approx(results[0][0], rel=0.02)
     for n, v in results[0][1].items():
@@ -551,11 +556,11 @@ class Narrow(nn.Module):
 def test_a_batch_that_does_not_fit_is_computed_in_parts_with_the_same_sums(plain, room):
     cfg = Config(num_clients=1, **LINEAR | dict(batch_size=10, local_steps=2, momentum=0.9))
     run, start = small_run(cfg, [range(10)], model=linear())
-    want = {n: v.clone() for n, v in utils.client_update(run, start, 0, 0.1)[0].items()}
+    want = one_client(run, start, 0, 0.1)[0]
     tight, _ = small_run(cfg, [range(10)], model=linear())
     tight = replace(tight, model=Narrow(tight.model, room))
     with pytest.warns(UserWarning, match="Batches of 10 do not fit"):
-        got, loss = utils.client_update(tight, start, 0, 0.1)
+        got, loss = one_client(tight, start, 0, 0.1)
     assert close(got, want, 1e-5)
     assert tight.facts["batch_parts"] == {1: 16, 3: 4, 5: 2}[room]
     assert "batch_parts" not in run.facts

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import CFG, make_small, resumed, same
+from helpers import CFG, make_small, one_client, resumed, same
 
 import utils
 from utils import ROOT, Store, federated_round, flat, open_run, run_name, train_federated
@@ -121,8 +121,8 @@ def test_a_sparse_message_carries_the_free_entries_and_little_else(small, stores
         assert (array.shape, array.dtype) == ((run.free,), "float32")
         assert 4 * run.free < size(message) < 4 * run.free + 4096
     for reply in nodes.received:
-        clients = len(reply.content["vectors"])
-        assert {v.numpy().shape for v in reply.content["vectors"].values()} == {(run.free,)}
+        clients = len(reply.content["weights"])
+        assert {v.numpy().shape for v in reply.content["weights"].values()} == {(run.free,)}
         assert 4 * run.free * clients < size(reply) < 4 * run.free * clients + 4096
 
 
@@ -156,7 +156,7 @@ def test_clients_whom_no_node_trains_are_left_out_of_the_average(small, stores, 
                 if k not in row["lost"])
     mean = {n: torch.zeros_like(w) for n, w in state.params.items()}
     for k in set(utils.cohort(8, 0.75, "cohort", 0, 0).tolist()) - set(row["lost"]):
-        vector, _ = utils.client_update(run, state, k, row["lr"])
+        vector, _ = one_client(run, state, k, row["lr"])
         mean = {n: m + len(run.shards[k]) / total * vector[n] for n, m in mean.items()}
     torch.testing.assert_close(flat(after.params), flat(utils.add(state.params, mean)))
 
