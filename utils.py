@@ -478,10 +478,11 @@ def move_control(cfg: Config, state: State, clients: list[int], fresh: dict) -> 
 
 def server_step(cfg: Config, params: Params, mean: Params, fedexp: Tensor, memory: dict):
     """(weights, memory) from the mean task vector: FedAvg, FedExP, or a torch optimizer for which
-    it is the negative gradient (FedAvgM, Hsu et al. 2019; FedAdam, Reddi et al. 2021)."""
+    it is the negative gradient (FedAvgM, Hsu et al. 2019; FedAdam, Reddi et al. 2021). They may lie
+    in the mean's memory: new memory would cost more than the sum."""
     if cfg.server in ("average", "fedexp"):
         mean = scale(mean, fedexp) if cfg.server == "fedexp" else mean
-        return add(params, mean), memory
+        return {n: mean[n].add_(w) for n, w in params.items()}, memory
     weights = {n: nn.Parameter(w.clone()) for n, w in params.items()}
     if cfg.server == "momentum":
         opt = torch.optim.SGD(weights.values(), cfg.server_lr, cfg.server_momentum)

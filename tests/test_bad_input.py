@@ -361,7 +361,7 @@ def test_server_steps_are_their_formulas(w, d, lr, beta):
         cfg = replace(CFG, server=kind, server_lr=lr, server_momentum=beta)
         params, memory, m, v, x = {"w": w}, {}, 0, 0, w
         for t in (1, 2):
-            params, memory = server_step(cfg, params, {"w": d}, torch.tensor(1.5), memory)
+            params, memory = server_step(cfg, params, {"w": d.clone()}, torch.tensor(1.5), memory)
             if kind in ("average", "fedexp"):
                 x = x + (1.5 if kind == "fedexp" else 1) * d
             elif kind == "momentum":
