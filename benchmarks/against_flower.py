@@ -3,9 +3,10 @@
 The Flower app is its PyTorch quickstart: a ServerApp with FedAvg, a ClientApp that loads the
 weights it is sent, trains on its partition and returns them. It is spared the costs that are not
 the engine's: its actors keep the model and the images between calls, and evaluate nothing. In each
-pair our round follows Flower's in the same process while the actors wait, on as many threads as
-Flower has actors. Flower's start is all that its first round takes over the median later one. Peak
-memory is summed over all processes (proportional set size), each side alone.
+pair our round follows Flower's while the actors wait, on as many cores as Flower has actors: with
+local steps in as many processes by torchrun, without any in one. These processes wait in their turn
+while Flower works. Flower's start is all that its first round takes over the median later one.
+Peak memory is summed over all processes (proportional set size), each side alone.
 """
 import json
 import os
@@ -14,15 +15,17 @@ import sys
 import tempfile
 import time
 import traceback
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from common import VITS, as_text, compare, describe, options, report, sized, start, wait
+from common import VITS, as_text, compare, describe, options, report, seconds, sized, start
 
 import utils
-from utils import Config, federated_round
+from notebooks.basics import from_rank_0
+from utils import Config, federated_round, ranks
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -58,22 +61,64 @@ def write_images(cfg: Config, folder: str) -> str:
     return path
 
 
-def times_of(cfg: Config, images: str, pairs: int) -> tuple[dict, float]:
+@contextmanager
+def our_processes(cfg: Config, images: str, processes: int):
+    """A function that has them make one round of ours: its seconds. They sleep in between."""
+    threads = max(1, torch.get_num_threads() // processes)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(
+            [sys.executable, *(launcher if processes > 1 else []), __file__, "--side", folder,
+             "--config", as_text(cfg), "--images", images], stdout=log, stderr=log,
+            env=os.environ | {"OMP_NUM_THREADS": str(threads)})
+
+        def one_round() -> float:
+            answer = Path(folder, "answer")
+            Path(folder, "go").touch()
+            while not answer.exists():
+                if process.poll() is not None:
+                    log.seek(0)
+                    raise RuntimeError(f"our side ended:\n{log.read()[-4000:]}")
+                time.sleep(0.01)
+            took = float(answer.read_text())
+            answer.unlink()
+            return took
+        try:
+            one_round()
+            yield one_round
+        finally:
+            process.terminate()
+            process.wait()
+
+
+def serve(cfg: Config, images: str, folder: Path):
+    """Our side of `our_processes`: a round whenever there is a file `go`, until it is stopped."""
+    def asked():
+        while not (folder / "go").exists():
+            time.sleep(0.01)
+        (folder / "go").unlink()
+
+    run, state = our_start(cfg, images)
+    while True:
+        from_rank_0(asked)
+        took, _ = seconds(lambda: federated_round(run, state))
+        if ranks()[0] == 0:
+            (folder / "part").write_text(str(took))
+            (folder / "part").rename(folder / "answer")
+
+
+def times_of(cfg: Config, images: str, pairs: int, processes: int) -> tuple[dict, float]:
     """Seconds a round of both, in turns, and of Flower's start."""
-    run, state = start(cfg)
-    federated_round(run, state)
-    times, began = dict(ours=[], flower=[]), [time.perf_counter()]
+    times = dict(ours=[], flower=[])
+    with our_processes(cfg, images, processes) as our_round:
+        began = [time.perf_counter()]
 
-    def between(t):
-        times["flower"].append(time.perf_counter() - began[0])
-        wait()
-        began[0] = time.perf_counter()
-        federated_round(run, state)
-        wait()
-        times["ours"].append(time.perf_counter() - began[0])
-        began[0] = time.perf_counter()
+        def between(t):
+            times["flower"].append(time.perf_counter() - began[0])
+            times["ours"].append(our_round())
+            began[0] = time.perf_counter()
 
-    simulate(cfg, images, pairs + 1, between)
+        simulate(cfg, images, pairs + 1, between)
     until_ready = sum(times["flower"][:2])  # to the end of the first round
     times = {side: values[2:] for side, values in times.items()}
     return times, until_ready - float(np.median(times["flower"]))
@@ -124,15 +169,23 @@ def peak_of(cfg: Config, images: str, side: str) -> float:
 def one_side(side: str, cfg: Config, images: str):
     if side == "flower":
         return simulate(cfg, images, 3, lambda t: None)
-    utils.load_data = lambda cfg: flower_app.read_images(images)
-    run, state = start(cfg)
+    if side != "ours":
+        return serve(cfg, images, Path(side))
+    run, state = our_start(cfg, images)
     for _ in range(3):
         state = federated_round(run, state)
 
 
+def our_start(cfg: Config, images: str):
+    utils.load_data = lambda cfg: flower_app.read_images(images)
+    return start(cfg)
+
+
 def rows_of(cfg: Config, images: str, pairs: int, what: str) -> list[dict]:
-    times, begin = times_of(cfg, images, pairs)
-    words = describe(cfg)
+    cores = torch.cuda.device_count() or torch.get_num_threads()
+    processes = cores if cfg.local_steps else 1
+    times, begin = times_of(cfg, images, pairs, processes)
+    words = describe(cfg) | dict(processes=processes)
     rows = [dict(what=what, **words, **compare(times, "ours", "flower")),
             dict(what=f"{what}: start", **words, unit="s", flower=begin)]
     print(*rows, sep="\n", flush=True)
