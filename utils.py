@@ -23,10 +23,10 @@ from tqdm.auto import tqdm
 # isort: off
 from notebooks.basics import (  # noqa: F401  handed on
     ARCHS, DINO, HEAD, NOTES, NO_CONTEXT, PRESETS, ROOT, RULES, STREAMS, Config, Data, Params,
-    augment, backbone, build_model, code_version, cohort, device, digest, evaluate, features, flat,
-    hardware, identity, learning_rate, load_data, precision, prepare, preset, ranks, refuse_labels,
-    ridge_from_sums, ridge_head, ridge_sums, rng, run_name, shard, sharpen, split, squared_norm,
-    sum_over_ranks, unflat)
+    augment, backbone, build_model, code_version, cohort, cohort_size, device, digest, evaluate,
+    features, flat, hardware, identity, learning_rate, load_data, precision, prepare, preset, ranks,
+    refuse_labels, ridge_from_sums, ridge_head, ridge_sums, rng, run_name, shard, sharpen, split,
+    squared_norm, sum_over_ranks, unflat)
 from notebooks.store import State, Store, dump
 # isort: on
 
@@ -544,7 +544,7 @@ def mask_of(cfg: Config, store: Store, data: Data, model: nn.Module, shards: lis
     """The run's mask, calibrated at one place or by the clients, each on images of its shard."""
     central = cfg.calibration == "central" or not shards
     groups, share = ([data.train], 1.0) if central else (shards, cfg.calibration_clients)
-    size = max(1, cfg.calibration_images // max(1, round(share * len(groups))))
+    size = max(1, cfg.calibration_images // cohort_size(len(groups), share))
     draw = rng("mask", cfg.seed, 1)
     index = [draw.permutation(g)[:size].tolist() for g in groups]
     options = dict(rule=cfg.rule, sparsity=cfg.sparsity, rounds=cfg.calibration_rounds,
@@ -575,8 +575,8 @@ def open_run(cfg: Config, store: Store | None, head_of=head_of, mask_of=mask_of)
     if cfg.rule:
         names = mask = mask_of(cfg, store, data, model, shards)
         scored = cfg.calibration != "central" and shards and cfg.rule in RULES[:2]
-        scorers = scored and cfg.calibration_rounds * len(cohort(
-            cfg.num_clients, cfg.calibration_clients, "scorers", cfg.seed, 1))
+        scorers = scored and cfg.calibration_rounds * cohort_size(cfg.num_clients,
+                                                                  cfg.calibration_clients)
         bits = 1 if cfg.calibration == "vote" else 32  # a bitmap, or a float32 a weight
         facts["mask"] = dict(sha256=digest(mask), composition=composition(mask),
                              bytes_up=bits * flat(mask).numel() // 8 * int(scorers))

@@ -22,7 +22,7 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from utils import Config, Run, State, Store, device, dump, open_run  # noqa: E402
+from utils import Config, Run, State, Store, cohort_size, device, dump, open_run  # noqa: E402
 
 BASE = Config(dataset="synthetic", num_clients=100, lr=0.01, num_rounds=1000, schedule="constant")
 MINI = replace(BASE, weights="mini", arch="mini", image_size=32, batch_size=32)
@@ -138,9 +138,9 @@ def machine() -> dict:
 
 def describe(cfg: Config) -> dict:
     """What a row of a table says of its workload."""
-    return dict(model="mini" if cfg.arch == "mini" else "ViT-S/16", px=cfg.image_size,
+    return dict(model="mini" if cfg.architecture == "mini" else "ViT-S/16", px=cfg.image_size,
                 B=cfg.batch_size, J=cfg.local_steps,
-                clients=max(1, round(cfg.participation * cfg.num_clients)))
+                clients=cohort_size(cfg.num_clients, cfg.participation))
 
 
 def report(script: str, args, rows: list[dict], **facts):

@@ -14,7 +14,7 @@ from flwr.serverapp.strategy import FedAvg
 from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 from torch.utils.data import DataLoader, Subset
 
-from utils import Config, Data, build_model, device, shard
+from utils import Config, Data, build_model, cohort_size, device, shard
 
 
 def read_images(path: str) -> Data:
@@ -55,7 +55,7 @@ def client(text: str, images: str) -> ClientApp:
 
 def server(cfg: Config, rounds: int, between) -> ServerApp:
     """FedAvg from our start; `between` is called at the start and after every round."""
-    app, expected = ServerApp(), max(1, round(cfg.participation * cfg.num_clients))
+    app, expected = ServerApp(), cohort_size(cfg.num_clients, cfg.participation)
 
     def all_of(replies, key):  # the strategy would go on with fewer
         if len(replies) != expected:

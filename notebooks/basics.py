@@ -102,6 +102,11 @@ class Config:
         """Rounds of a federated run, epochs of a centralised one."""
         return self.num_epochs if self.algorithm == "centralized" else self.num_rounds
 
+    @property
+    def architecture(self) -> str:
+        """A name in ARCHS: `arch`, or that of the weights."""
+        return self.arch or ("mini" if self.weights == "mini" else "vits16")
+
 
 _SMALL = dict(weights="mini", arch="mini", image_size=32, batch_size=32, lr=0.1, num_rounds=32,
               num_epochs=4, eval_every=8, head_rounds=16)
@@ -369,11 +374,16 @@ def _chain(total: np.ndarray, longer: np.ndarray, shorter: np.ndarray) -> list[t
     return []
 
 
-def cohort(num_clients: int, share: float, *key) -> np.ndarray:
-    """max(1, round(share * K)) clients without replacement, drawn from (stream, seed, round)."""
+def cohort_size(num_clients: int, share: float) -> int:
+    """The nearest whole number to share * K, at least one client."""
     if not 0 < share <= 1:
         raise ValueError(f"{share=} of the clients must lie between 0 and 1")
-    return rng(*key).choice(num_clients, max(1, round(share * num_clients)), replace=False)
+    return max(1, round(share * num_clients))
+
+
+def cohort(num_clients: int, share: float, *key) -> np.ndarray:
+    """`cohort_size` clients without replacement, drawn from (stream, seed, round)."""
+    return rng(*key).choice(num_clients, cohort_size(num_clients, share), replace=False)
 
 
 def augment(images: Tensor, draw: np.random.Generator, pad: int = 4) -> Tensor:
@@ -425,7 +435,7 @@ def build_model(cfg: Config, num_classes: int = 100) -> nn.Module:
 
     Raises ValueError unless exactly the backbone's weights are found, all in shape.
     """
-    arch = ARCHS[cfg.arch or ("mini" if cfg.weights == "mini" else "vits16")]
+    arch = ARCHS[cfg.architecture]
     if cfg.image_size % (patch := arch.get("patch_size", 16)):
         raise ValueError(f"image_size={cfg.image_size} must be a multiple of the patch, {patch}")
     with torch.random.fork_rng():  # timm draws from torch's global generator

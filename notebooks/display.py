@@ -30,6 +30,7 @@ from notebooks.basics import (
     ROOT,
     Config,
     Params,
+    cohort_size,
     evaluate,
     hardware,
     identity,
@@ -105,9 +106,19 @@ STYLE = {"font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "legend.fonts
          "figure.constrained_layout.use": True, "savefig.dpi": 200, "figure.dpi": 120}
 
 
-def figure(width: float = COLUMN, height: float = 2.3, **grid):
-    """plt.subplots of `width` x `height` inches in the one style of all figures."""
+def set_style():
+    """The one style of all figures."""
     sns.set_theme("paper", "whitegrid", "colorblind", rc=STYLE)
+
+
+def watermark(fig):
+    """What must be said of the data, across the figure; nothing, as a rule."""
+    fig.text(0.5, 0.5, "\n".join(NOTES), c="red", alpha=0.4, size=14, ha="center")
+
+
+def figure(width: float = COLUMN, height: float = 2.3, **grid):
+    """plt.subplots of `width` x `height` inches in the one style."""
+    set_style()
     return plt.subplots(figsize=(width, height), **grid)
 
 
@@ -123,7 +134,7 @@ def heatmap(table, ax, label: str, fmt: str = ".1f", **options):
 def save_figure(fig, path: Path):
     """<path>.png and <path>.pdf, the same bytes for the same data: no dates inside."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    fig.text(0.5, 0.5, "\n".join(NOTES), c="red", alpha=0.4, size=14, ha="center")
+    watermark(fig)
     fig.savefig(f"{path}.png")
     fig.savefig(f"{path}.pdf", metadata={"CreationDate": None, "Creator": None, "Producer": None})
 
@@ -240,12 +251,11 @@ def steps_of(cfg: Config) -> int:
     if cfg.algorithm == "centralized":
         n = PER_CLASS[cfg.dataset]  # no need to read the images
         return math.ceil(100 * (n - round(cfg.val_fraction * n)) / cfg.batch_size)
-    return cfg.local_steps * max(1, round(cfg.participation * cfg.num_clients))
+    return cfg.local_steps * cohort_size(cfg.num_clients, cfg.participation)
 
 
 def speed_key(cfg: Config) -> tuple:
-    arch = cfg.arch or ("mini" if cfg.weights == "mini" else "vits16")
-    return arch, cfg.image_size, cfg.batch_size, cfg.precision, hardware()
+    return cfg.architecture, cfg.image_size, cfg.batch_size, cfg.precision, hardware()
 
 
 def measure_speed(cfg: Config) -> float:
@@ -421,13 +431,13 @@ def curve(cfg: Config, found: dict) -> str:
     if not points:
         return ""
     unit = "epoch" if cfg.algorithm == "centralized" else "round"
-    sns.set_theme("paper", "whitegrid", "colorblind", rc=STYLE)
+    set_style()
     fig = Figure((COLUMN, 1.8))
     ax = fig.subplots()
     ax.plot(*zip(*points, strict=True), marker="o")
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.set(xlabel=unit, ylabel="validation top-1 (%)", xlim=(0, cfg.length * 1.02))
-    fig.text(0.5, 0.5, "\n".join(NOTES), c="red", alpha=0.4, size=14, ha="center")
+    watermark(fig)
     fig.savefig(content := io.BytesIO(), format="png")
     said = ", ".join(f"{y:.1f} % at {unit} {x}" for x, y in points)
     return (f'<img alt="Validation accuracy of {run_name(cfg)}: {said}" style="width:28em" '

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from notebooks.basics import PER_CLASS, ROOT, RULES, Config, preset
+from notebooks.basics import PER_CLASS, ROOT, RULES, Config, cohort_size, preset
 from notebooks.store import Store
 from utils import best, converged, diagnose, frames, mean_sd, stored, tuned
 
@@ -25,7 +25,7 @@ SEEDS = range(10)                      # a seed that is not stored is not counte
 SHARDINGS = {"IID": None, "Nc=50": 50, "Nc=10": 10, "Nc=5": 5, "Nc=1": 1}
 SKEWED = {k: v for k, v in SHARDINGS.items() if v in (10, 5, 1)}
 RULED = {k: v for k, v in SHARDINGS.items() if v != 50}
-STEPS, SPARSITIES, ROUNDS = (4, 8, 16), (0.5, 0.8, 0.9, 0.95, 0.99), (1, 2, 4, 8)
+STEPS, SPARSITIES, ROUNDS = (4, 8, 16), (0.0, 0.5, 0.8, 0.9, 0.95, 0.99), (1, 2, 4, 8)
 WAYS = {"one place": ("central", 1.0), "mean": ("mean", 1.0), "max": ("max", 1.0),
         "vote": ("vote", 1.0), "mean of a tenth": ("mean", 0.1), "vote of a tenth": ("vote", 0.1)}
 METHODS = {
@@ -192,7 +192,7 @@ def pooled(cfg: Config) -> Config:
 
 def motion(book: Book, cfg: Config) -> pd.Series:
     """Means over rounds and seeds: a task vector's norm, two clients' cosine, FedExP's step."""
-    h, m = book.history(cfg), max(1, round(cfg.participation * cfg.num_clients))
+    h, m = book.history(cfg), cohort_size(cfg.num_clients, cfg.participation)
     h["cosine"] = (m * (h.mean_norm / h.client_norm) ** 2 - 1) / max(1, m - 1)
     return h[["client_norm", "cosine", "fedexp_step"]].astype(float).mean()
 
@@ -266,10 +266,10 @@ def table_rounds(book: Book) -> str:
 
 
 def table_composition(book: Book) -> str:
-    found = {s: sharing(book, replace(book.sparse, sparsity=s)) for s in SPARSITIES}
-    rows = [[kind, *(f"{found[s][kind]:.1f}" if found[s] else "--" for s in SPARSITIES)]
+    found = {s: sharing(book, replace(book.sparse, sparsity=s)) for s in SPARSITIES[1:]}
+    rows = [[kind, *(f"{found[s][kind]:.1f}" if found[s] else "--" for s in SPARSITIES[1:])]
             for kind in [*KINDS, "other"]]
-    return tabular(["free (\\%) at $s=$", *(f"{s:g}" for s in SPARSITIES)], rows)
+    return tabular(["free (\\%) at $s=$", *(f"{s:g}" for s in SPARSITIES[1:])], rows)
 
 
 def table_rules(book: Book) -> str:
@@ -543,7 +543,7 @@ def settings(book: Book) -> dict[str, str]:
     cfg, sizes = book.base, book.results(book.base)
     card = ROOT / "weights" / f"{cfg.weights}.json"
     entries = sizes[0]["history"][0]["bytes_dense"] if sizes else math.nan
-    entries /= 4 * max(1, round(cfg.participation * cfg.num_clients))
+    entries /= 4 * cohort_size(cfg.num_clients, cfg.participation)
     masked = book.results(book.sparse)
     maskable = sum(n for _, n in masked[0]["mask"]["composition"].values()) if masked else math.nan
     facts = dict(clients=cfg.num_clients, share=cfg.participation, batch=cfg.batch_size, lr=cfg.lr,
@@ -556,7 +556,7 @@ def settings(book: Book) -> dict[str, str]:
     per_class = PER_CLASS[cfg.dataset]
     held = round(cfg.val_fraction * per_class)
     facts |= dict(steps=", ".join(map(str, STEPS)), start=told(book.start),
-                  cohort=str(max(1, round(cfg.participation * cfg.num_clients))),
+                  cohort=str(cohort_size(cfg.num_clients, cfg.participation)),
                   trainImages=f"{CLASSES * (per_class - held):,}", valImages=f"{CLASSES * held:,}",
                   testImages=f"{book.images:,}", parameters=f"{entries / 1e6:.2f}",
                   maskable=f"{maskable:,.0f}", scoreMb=f"{4 * maskable / 1e6:.1f}",
