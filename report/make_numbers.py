@@ -426,14 +426,29 @@ def answer_sweep(book: Book, symbol: str, field: str, values) -> str:
     return per_sharding(texts)
 
 
+def short_search(book: Book, rule: str) -> dict[float, pd.Series]:
+    """Validation accuracy by learning rate, in runs of a quarter of the rounds."""
+    same = replace(book.sparse, rule=rule, num_rounds=max(1, book.base.num_rounds // 4), seed=0)
+    found = [c for c in stored(book.store, rule=rule, num_rounds=same.num_rounds)
+             if replace(c, lr=same.lr) == same]
+    return {c.lr: frames([book.store.result(c)])[0].val for c in sorted(found, key=lambda c: c.lr)}
+
+
 def answer_rates(book: Book) -> str:
     """The sparse search for a learning rate, on validation, in short runs."""
-    same = replace(book.sparse, num_rounds=max(1, book.base.num_rounds // 4), seed=0)
-    found = [c for c in stored(book.store, rule=same.rule, num_rounds=same.num_rounds)
-             if replace(c, lr=same.lr) == same]
-    groups = {f"$\\eta{{=}}{c.lr:g}$": frames([book.store.result(c)])[0].val
-              for c in sorted(found, key=lambda c: c.lr)}
-    return sentence(listed([f"{v.mean():.1f} at {k}" for k, v in groups.items()]))
+    found = short_search(book, book.sparse.rule)
+    return sentence(listed([f"{v.mean():.1f} at $\\eta{{=}}{lr:g}$" for lr, v in found.items()]))
+
+
+def answer_rule_rates(book: Book) -> str:
+    """The same for the other rules: what the lowest and the highest rate that all tried give."""
+    found = {rule: short_search(book, rule) for rule in RULES if rule != book.sparse.rule}
+    if not all(found.values()) or not (both := set.intersection(*map(set, found.values()))):
+        return MISSING
+    low, high = min(both), max(both)
+    return sentence(f"from $\\eta={low:g}$ to $\\eta={high:g}$ validation top-1 goes " + listed(
+        [f"from {of[low].mean():.1f} to {of[high].mean():.1f} ({tex(rule)})"
+         for rule, of in found.items()]))
 
 
 def answer_moved(book: Book) -> str:
@@ -590,6 +605,7 @@ ANSWERS = dict(
     collapse=answer_collapse, drift=answer_drift, six=answer_six,
     sparsity=lambda b: answer_sweep(b, "s", "sparsity", SPARSITIES),
     calibration=lambda b: answer_sweep(b, "R", "calibration_rounds", ROUNDS), rates=answer_rates,
+    ruleRates=answer_rule_rates,
     moved=answer_moved, layers=answer_layers, rules=answer_rules, rulesStart=answer_rules_start,
     control=answer_control, consensus=answer_consensus, server=answer_server,
     methods=answer_methods, premise=answer_premise, pretraining=answer_pretraining,
