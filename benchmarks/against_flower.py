@@ -15,17 +15,25 @@ import sys
 import tempfile
 import time
 import traceback
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from common import VITS, as_text, compare, describe, options, report, seconds, sized, start
+from common import (
+    VITS,
+    as_text,
+    compare,
+    describe,
+    options,
+    report,
+    resident,
+    sized,
+    start,
+    write_images,
+)
 
-import utils
-from notebooks.basics import from_rank_0
-from utils import Config, federated_round, ranks
+from utils import Config, federated_round
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -53,64 +61,10 @@ def simulate(cfg: Config, images: str, rounds: int, between):
 
 
 # ------------------------------------------------------------------ measurements
-def write_images(cfg: Config, folder: str) -> str:
-    """A file with the run's images, so that no process has to make them."""
-    path = f"{folder}/images.pt"
-    torch.save({k: v.cpu() if isinstance(v, torch.Tensor) else torch.from_numpy(v)
-                for k, v in vars(utils.load_data(cfg)).items()}, path)
-    return path
-
-
-@contextmanager
-def our_processes(cfg: Config, images: str, processes: int):
-    """A function that has them make one round of ours: its seconds. They sleep in between."""
-    threads = max(1, torch.get_num_threads() // processes)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(
-            [sys.executable, *(launcher if processes > 1 else []), __file__, "--side", folder,
-             "--config", as_text(cfg), "--images", images], stdout=log, stderr=log,
-            env=os.environ | {"OMP_NUM_THREADS": str(threads)})
-
-        def one_round() -> float:
-            answer = Path(folder, "answer")
-            Path(folder, "go").touch()
-            while not answer.exists():
-                if process.poll() is not None:
-                    log.seek(0)
-                    raise RuntimeError(f"our side ended:\n{log.read()[-4000:]}")
-                time.sleep(0.01)
-            took = float(answer.read_text())
-            answer.unlink()
-            return took
-        try:
-            one_round()
-            yield one_round
-        finally:
-            process.terminate()
-            process.wait()
-
-
-def serve(cfg: Config, images: str, folder: Path):
-    """Our side of `our_processes`: a round whenever there is a file `go`, until it is stopped."""
-    def asked():
-        while not (folder / "go").exists():
-            time.sleep(0.01)
-        (folder / "go").unlink()
-
-    run, state = our_start(cfg, images)
-    while True:
-        from_rank_0(asked)
-        took, _ = seconds(lambda: federated_round(run, state))
-        if ranks()[0] == 0:
-            (folder / "part").write_text(str(took))
-            (folder / "part").rename(folder / "answer")
-
-
 def times_of(cfg: Config, images: str, pairs: int, processes: int) -> tuple[dict, float]:
     """Seconds a round of both, in turns, and of Flower's start."""
     times = dict(ours=[], flower=[])
-    with our_processes(cfg, images, processes) as our_round:
+    with resident(cfg, images, processes) as our_round:
         began = [time.perf_counter()]
 
         def between(t):
@@ -169,16 +123,9 @@ def peak_of(cfg: Config, images: str, side: str) -> float:
 def one_side(side: str, cfg: Config, images: str):
     if side == "flower":
         return simulate(cfg, images, 3, lambda t: None)
-    if side != "ours":
-        return serve(cfg, images, Path(side))
-    run, state = our_start(cfg, images)
+    run, state = start(cfg, images)
     for _ in range(3):
         state = federated_round(run, state)
-
-
-def our_start(cfg: Config, images: str):
-    utils.load_data = lambda cfg: flower_app.read_images(images)
-    return start(cfg)
 
 
 def rows_of(cfg: Config, images: str, pairs: int, what: str) -> list[dict]:
@@ -194,7 +141,7 @@ def rows_of(cfg: Config, images: str, pairs: int, what: str) -> list[dict]:
 
 def main(args):
     four = sized(args.quick, replace(VITS, image_size=64, precision="float32"), 4,
-                 dict(local_steps=4, batch_size=16), dict(local_steps=4, batch_size=64))
+                 dict(local_steps=4, batch_size=8), dict(local_steps=4, batch_size=64))
     if args.quick:
         four = replace(four, weights="mini", arch="mini", image_size=32, num_clients=4,
                        participation=0.5)

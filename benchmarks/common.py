@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -22,7 +23,21 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from utils import Config, Run, State, Store, cohort_size, device, dump, open_run  # noqa: E402
+import utils  # noqa: E402
+from notebooks.basics import from_rank_0  # noqa: E402
+from utils import (  # noqa: E402
+    Config,
+    Data,
+    Run,
+    State,
+    Store,
+    cohort_size,
+    device,
+    dump,
+    federated_round,
+    open_run,
+    ranks,
+)
 
 BASE = Config(dataset="synthetic", num_clients=100, lr=0.01, num_rounds=1000, schedule="constant")
 MINI = replace(BASE, weights="mini", arch="mini", image_size=32, batch_size=32)
@@ -54,8 +69,23 @@ def sized(quick: bool, cfg: Config, clients: int, cpu: dict, gpu: dict) -> Confi
     return replace(cfg, batch_size=2, local_steps=min(1, cfg.local_steps)) if quick else cfg
 
 
-def start(cfg: Config) -> tuple[Run, State]:
+def write_images(cfg: Config, folder: str) -> str:
+    """A file with the run's images, so that no process has to make them."""
+    path = f"{folder}/images.pt"
+    torch.save({k: v.cpu() if isinstance(v, torch.Tensor) else torch.from_numpy(v)
+                for k, v in vars(utils.load_data(cfg)).items()}, path)
+    return path
+
+
+def read_images(path: str) -> Data:
+    found = torch.load(path, map_location=device())
+    return Data(**found | {k: found[k].cpu().numpy() for k in ("train", "val")})
+
+
+def start(cfg: Config, images: str = "") -> tuple[Run, State]:
     """A run at its beginning, its model in training mode, nothing stored."""
+    if images:
+        utils.load_data = lambda cfg: read_images(images)
     with tempfile.TemporaryDirectory() as folder:
         run, state = open_run(cfg, Store(Path(folder)))
     run.model.train()
@@ -122,6 +152,55 @@ def child(*command: str, **environment: str) -> dict:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
+@contextmanager
+def resident(cfg: Config, images: str, processes: int):
+    """A function that has processes of their own make one round: its seconds.
+
+    All cores in one process, or by torchrun shared out to several. They sleep in between.
+    """
+    threads = max(1, torch.get_num_threads() // processes)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(
+            [sys.executable, *(launcher if processes > 1 else []), __file__, as_text(cfg), images,
+             folder], stdout=log, stderr=log,
+            env=os.environ | {"OMP_NUM_THREADS": str(threads)})
+
+        def one_round() -> float:
+            answer = Path(folder, "answer")
+            Path(folder, "go").touch()
+            while not answer.exists():
+                if process.poll() is not None:
+                    log.seek(0)
+                    raise RuntimeError(f"the processes ended:\n{log.read()[-4000:]}")
+                time.sleep(0.01)
+            took = float(answer.read_text())
+            answer.unlink()
+            return took
+        try:
+            one_round()
+            yield one_round
+        finally:
+            process.terminate()
+            process.wait()
+
+
+def serve(cfg: Config, images: str, folder: Path):
+    """A process of `resident`: a round whenever there is a file `go`, until it is stopped."""
+    def asked():
+        while not (folder / "go").exists():
+            time.sleep(0.01)
+        (folder / "go").unlink()
+
+    run, state = start(cfg, images)
+    while True:
+        from_rank_0(asked)
+        took, _ = seconds(lambda: federated_round(run, state))
+        if ranks()[0] == 0:
+            (folder / "part").write_text(str(took))
+            (folder / "part").rename(folder / "answer")
+
+
 # ------------------------------------------------------------------ reporting
 def machine() -> dict:
     found = {}
@@ -152,3 +231,7 @@ def report(script: str, args, rows: list[dict], **facts):
     args.out.mkdir(parents=True, exist_ok=True)
     kind = "gpu" if device().type == "cuda" else "cpu"
     (args.out / f"{Path(script).stem}_{kind}.json").write_bytes(dump(facts | dict(rows=rows)))
+
+
+if __name__ == "__main__":  # what `resident` starts
+    serve(Config(**json.loads(sys.argv[1])), sys.argv[2], Path(sys.argv[3]))

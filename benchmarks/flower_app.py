@@ -5,8 +5,8 @@ It stands in a module of its own because Ray's workers import it.
 import json
 from functools import lru_cache
 
-import torch
 from against_naive import local_training, plain_images
+from common import read_images
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
@@ -14,12 +14,7 @@ from flwr.serverapp.strategy import FedAvg
 from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 from torch.utils.data import DataLoader, Subset
 
-from utils import Config, Data, build_model, cohort_size, device, shard
-
-
-def read_images(path: str) -> Data:
-    found = torch.load(path, map_location=device())
-    return Data(**found | {k: found[k].cpu().numpy() for k in ("train", "val")})
+from utils import Config, build_model, cohort_size, shard
 
 
 @lru_cache(maxsize=1)

@@ -162,8 +162,8 @@ def main(args):
     on_gpu = torch.cuda.is_available()
     passes = 8 if on_gpu else 2
     plan = [(size(MINI, 10, dict(local_steps=4), full), (500, 64, 8)),
-            (size(replace(VITS, image_size=64), 1, full | dict(batch_size=32), full), (64, 16, 8)),
-            (size(replace(VITS, image_size=96), 1, full | dict(batch_size=16), full), (32, 0, 8)),
+            (size(replace(VITS, image_size=64), 1, full | dict(batch_size=16), full), (64, 16, 8)),
+            (size(replace(VITS, image_size=96), 1, full | dict(batch_size=8), full), (32, 0, 8)),
             (size(replace(VITS, image_size=224), 1, full | dict(batch_size=4), full), (8, 0, 8))]
     if args.quick:
         plan = [(replace(plan[0][0], participation=0.02), (4, 4, 2))]

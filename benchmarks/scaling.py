@@ -2,10 +2,11 @@
 
 In the number of clients K at a fixed cohort a round should cost the same; per client it should not
 depend on the cohort's size, nor per step on the local steps J. Peak memory, of a process alone,
-should depend on none of them. Then torchrun with two processes of one thread against one process
-of two threads, and bf16 autocast against float32.
+should depend on none of them. Then torchrun with a process per core or GPU against one process, and
+bf16 autocast against float32.
 """
 import json
+import tempfile
 from dataclasses import replace
 
 import torch
@@ -21,12 +22,13 @@ from common import (
     options,
     peak,
     report,
-    seconds,
+    resident,
     sized,
     start,
+    write_images,
 )
 
-from utils import Config, federated_round, ranks
+from utils import Config, federated_round
 
 
 def rounds_of(cfgs: dict[str, Config]) -> dict:
@@ -66,27 +68,24 @@ def time_rows(quick: bool, pairs: int) -> list[dict]:
                    lambda cfg: cfg.local_steps, pairs)]
 
 
-def in_child(cfg: Config, *launcher: str, **environment: str) -> dict:
-    return child(*launcher, __file__, "--config", as_text(cfg), **environment)
-
-
 def memory_rows(cfg: Config) -> list[dict]:
     cfgs = [cohort_of(cfg, n, k) for n, k in ((2, 100), (10, 100), (2, 10_000))]
-    found = [in_child(c)["peak"] for c in cfgs]
+    found = [child(__file__, "--config", as_text(c))["peak"] for c in cfgs]
     return [dict(what="peak memory, over the first", K=c.num_clients, **describe(c), unit="MB",
                  ours=mb, base=found[0], ratio=mb / found[0]) for c, mb in zip(
                      cfgs, found, strict=True)]
 
 
 def torchrun_row(cfg: Config, pairs: int) -> dict:
-    """Median rounds of fresh processes, in turns: those of a launch share its moment."""
-    two = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    turns = [(in_child(cfg, *two, OMP_NUM_THREADS="1"), in_child(cfg, OMP_NUM_THREADS="2"))
-             for _ in range(pairs)]
-    times = {side: [turn[i]["seconds"] for turn in turns] for i, side in enumerate(("ours",
-                                                                                    "base"))}
-    return dict(what="torchrun 2 x 1, over 1 x 2 threads", K=cfg.num_clients, **describe(cfg),
-                **compare(times, "ours", "base"))
+    """A round in a process per core, next to one process on all cores; each waits for the other."""
+    cores = torch.cuda.device_count() or torch.get_num_threads()
+    with (tempfile.TemporaryDirectory() as folder, resident(
+            cfg, images := write_images(cfg, folder), cores) as ours,
+            resident(cfg, images, 1) as base):
+        turns = [(ours(), base()) for _ in range(pairs)]
+    times = dict(zip(("ours", "base"), zip(*turns, strict=True), strict=True))
+    return dict(what=f"{cores} processes by torchrun, over one", K=cfg.num_clients,
+                **describe(cfg), **compare(times, "ours", "base"))
 
 
 def precision_row(cfg: Config, pairs: int) -> dict:
@@ -99,26 +98,24 @@ def precision_row(cfg: Config, pairs: int) -> dict:
                 **compare(times, "ours", "base"))
 
 
-def one_process(cfg: Config, rounds: int = 3):
-    """Prints the median seconds of a round (after one more) and the peak memory."""
+def one_process(cfg: Config):
+    """Prints the peak memory of a round."""
     run, state = start(cfg)
     forget_peak()
     federated_round(run, state)
-    took = sorted(seconds(lambda: federated_round(run, state))[0] for _ in range(rounds))
-    if ranks()[0] == 0:
-        print(json.dumps(dict(seconds=took[rounds // 2], peak=peak())))
+    print(json.dumps(dict(peak=peak())))
 
 
 def main(args):
     rows = time_rows(args.quick, args.pairs)
-    vits = sized(args.quick, replace(VITS, image_size=64), 4, dict(local_steps=4, batch_size=8),
+    vits = sized(args.quick, replace(VITS, image_size=64), 2, dict(local_steps=4, batch_size=8),
                  dict(local_steps=4, batch_size=64))
     light = sized(args.quick, MINI, 2, dict(local_steps=1), {})
     rows.append(precision_row(light if args.quick else vits, args.pairs))
     if not args.quick:
         rows += memory_rows(replace(vits, local_steps=1))
         if torch.cuda.device_count() != 1:  # two processes cannot share one GPU by NCCL
-            rows.append(torchrun_row(vits, 3))
+            rows.append(torchrun_row(vits, args.pairs))
     report(__file__, args, rows)
 
 

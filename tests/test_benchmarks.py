@@ -134,8 +134,7 @@ def test_the_flower_client_trains_what_the_plain_loop_trains(monkeypatch, tmp_pa
     import flower_app
     from flwr.app import ArrayRecord, ConfigRecord, RecordDict
     cfg = replace(common.MINI, weights="none", num_clients=2, local_steps=0)
-    against_flower = pytest.importorskip("against_flower")
-    text, images = common.as_text(cfg), against_flower.write_images(cfg, str(tmp_path))
+    text, images = common.as_text(cfg), common.write_images(cfg, str(tmp_path))
     weights = {n: w + 1 for n, w in utils.build_model(cfg).state_dict().items()}
     content = {"arrays": ArrayRecord(weights), "config": ConfigRecord({"lr": 0.1})}
     reply = flower_app.answer(RecordDict(content), 1, text, images)
@@ -162,6 +161,16 @@ def test_work_is_timed_in_turns_after_a_warm_up():
     times = common.in_turns(2, a=lambda: seen.append("a"), b=lambda: seen.append("b"))
     assert seen == ["a", "b"] * 3
     assert {k: v.shape for k, v in times.items()} == dict(a=(2, 2), b=(2, 2))
+
+
+def test_rounds_are_made_in_processes_of_their_own(tmp_path):
+    cfg = replace(common.MINI, weights="none", participation=0.02, local_steps=1, batch_size=2)
+    images = common.write_images(cfg, str(tmp_path))
+    with common.resident(cfg, images, 2) as one_round:
+        assert 0 < one_round() < 60
+    with (pytest.raises(RuntimeError, match=r"the processes ended:[\s\S]*nowhere\.pt"),
+          common.resident(cfg, "nowhere.pt", 1)):
+        pass
 
 
 def test_the_peak_forgets_what_came_before():

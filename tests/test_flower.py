@@ -327,17 +327,3 @@ def test_two_supernodes_of_which_one_is_killed_give_the_bits_of_one_process(
     assert "nodes failed" in output
     assert_like_train_federated(THIN, place, tmp_path)
     assert (place.root / f"{run_name(utils.preset('demo', **THIN))}.json").exists()
-
-
-# ------------------------------------------------------------------ the benchmark's other side
-def test_our_side_of_the_benchmark_works_in_processes_of_its_own(monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    import against_flower
-    import common
-    cfg = replace(common.MINI, weights="none", participation=0.02, local_steps=1, batch_size=2)
-    images = against_flower.write_images(cfg, str(tmp_path))
-    with against_flower.our_processes(cfg, images, 2) as one_round:
-        assert 0 < one_round() < 60
-    with (pytest.raises(RuntimeError, match=r"our side ended:[\s\S]*nowhere\.pt"),
-          against_flower.our_processes(cfg, "nowhere.pt", 1)):
-        pass
