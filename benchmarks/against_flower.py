@@ -105,7 +105,7 @@ def held(pid: int) -> float:
 
 
 def peak_of(cfg: Config, images: str, side: str) -> float:
-    """MB that one side holds at most over all its processes, while it makes three rounds."""
+    """MB that one side holds at most over all its processes, while it makes two rounds."""
     env = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     most, command = 0.0, [sys.executable, __file__, "--side", side, "--config", as_text(cfg),
                           "--images", images]
@@ -113,7 +113,7 @@ def peak_of(cfg: Config, images: str, side: str) -> float:
         process = subprocess.Popen(command, env=env, stdout=log, stderr=log)
         while process.poll() is None:
             most = max(most, held(process.pid))
-            time.sleep(0.05)
+            time.sleep(0.3)  # each look halts the process that it looks at
         log.seek(0)
         if process.returncode:
             raise RuntimeError(f"{command} failed:\n{log.read()[-4000:]}")
@@ -122,9 +122,9 @@ def peak_of(cfg: Config, images: str, side: str) -> float:
 
 def one_side(side: str, cfg: Config, images: str):
     if side == "flower":
-        return simulate(cfg, images, 3, lambda t: None)
+        return simulate(cfg, images, 2, lambda t: None)
     run, state = start(cfg, images)
-    for _ in range(3):
+    for _ in range(2):
         state = federated_round(run, state)
 
 
