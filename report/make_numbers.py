@@ -619,6 +619,29 @@ def macros(book: Book) -> str:
                    for k, v in sorted(values.items()))
 
 
+def readme_tables(book: Book) -> str:
+    """The README's table: a row for each J of the grid, for the masks and for the start."""
+    def row(name, cells):
+        return f"| {' | '.join([name, *cells])} |"
+
+    def over_shardings(of):
+        return [mean_sd(book.tests(of(nc))) for nc in SHARDINGS.values()]
+    dense = {f"FedAvg, J = {j}": partial(grid_cell, book.base, j=j) for j in STEPS}
+    masked = {f"{rule.replace('_', ' ')} tenth": lambda nc, rule=rule: replace(
+        book.sparse, rule=rule, classes_per_client=nc) for rule in RULES}
+    return "\n".join([
+        row("test top-1 (%)", SHARDINGS), "|---" * (1 + len(SHARDINGS)) + "|",
+        *(row(name, over_shardings(of)) for name, of in (dense | masked).items()),
+        row("untrained start", [mean_sd(book.start), *[""] * (len(SHARDINGS) - 1)])])
+
+
+def with_tables(readme: str, book: Book) -> str:
+    """The README's text with its table between the two marks made anew."""
+    before, mark, rest = readme.partition("<!-- made by make report -->\n")
+    _, end, after = rest.partition("\n<!-- until here -->")
+    return before + mark + readme_tables(book) + end + after
+
+
 def write(store: Store, out: Path, preset_name: str = "small"):
     """out/numbers.tex and out/tables/: the same bytes for the same results."""
     book = open_book(store, preset_name)
@@ -629,4 +652,7 @@ def write(store: Store, out: Path, preset_name: str = "small"):
 
 
 if __name__ == "__main__":
-    write(Store(ROOT / "results", frozen=True), HERE, os.environ.get("PRESET", "small"))
+    STORE, PRESET = Store(ROOT / "results", frozen=True), os.environ.get("PRESET", "small")
+    write(STORE, HERE, PRESET)
+    README = ROOT / "README.md"
+    README.write_text(with_tables(README.read_text(), open_book(STORE, PRESET)))

@@ -45,6 +45,14 @@ def test_numbers_and_tables_follow_from_the_results(tmp_path):
     assert new == old, "results/ and report/ differ: run make report"
 
 
+def test_the_readmes_table_follows_from_the_results(book):
+    readme = (ROOT / "README.md").read_text()
+    assert readme == made.with_tables(readme, book), "run make report"
+    assert made.mean_sd(book.tests(book.base)) in readme
+    stale = readme.replace(made.mean_sd(book.start), "0.00")
+    assert made.with_tables(stale, book).count(made.mean_sd(book.start)) == 1
+
+
 def test_every_macro_and_table_that_the_text_uses_is_made():
     defined = re.findall(r"\\newcommand\{\\(n\w+)\}", (REPORT / "numbers.tex").read_text())
     used = set(re.findall(r"\\(n[A-Z]\w*)", SOURCE))
