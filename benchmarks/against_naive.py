@@ -130,7 +130,7 @@ def main(args):
     full = dict(local_steps=4, batch_size=64)
     small = replace(VITS, image_size=64, precision="float32")
     mini = sized(args.quick, replace(MINI, precision="float32"), 10, dict(local_steps=4), full)
-    vits = sized(args.quick, small, 4, full | dict(batch_size=8), full | dict(image_size=224))
+    vits = sized(args.quick, small, 2, full | dict(batch_size=8), full | dict(image_size=224))
     cohort_of_ten = sized(args.quick, small, 10, dict(batch_size=4, local_steps=1), {})
     if args.quick:
         mini = vits = cohort_of_ten = replace(mini, participation=0.02)

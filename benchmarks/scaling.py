@@ -57,7 +57,7 @@ def cohort_of(cfg: Config, clients: int, num_clients: int) -> Config:
 
 def time_rows(quick: bool, pairs: int) -> list[dict]:
     cfg = sized(quick, MINI, 10, dict(local_steps=4, batch_size=16), dict(local_steps=4))
-    sizes, cohorts, steps = ([100, 1000, 10_000], [5, 10, 20], [2, 4, 8]) if not quick else (
+    sizes, cohorts, steps = ([100, 1000, 10_000], [2, 5, 10], [2, 4, 8]) if not quick else (
         [100, 1000], [1, 2], [1, 2])
     few = replace(cfg, participation=cohorts[0] / 100)
     return [*grown("round, over K = 100", [cohort_of(cfg, cohorts[0], k) for k in sizes],
