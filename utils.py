@@ -24,9 +24,9 @@ from tqdm.auto import tqdm
 from notebooks.basics import (  # noqa: F401  handed on
     ARCHS, DINO, HEAD, NOTES, NO_CONTEXT, PRESETS, ROOT, RULES, STREAMS, Config, Data, Params,
     augment, backbone, build_model, code_version, cohort, cohort_size, device, digest, evaluate,
-    features, flat, hardware, identity, learning_rate, load_data, precision, prepare, preset, ranks,
-    refuse_labels, ridge_from_sums, ridge_head, ridge_sums, rng, run_name, shard, sharpen, split,
-    squared_norm, sum_over_ranks, unflat)
+    features, flat, hardware, identity, learning_rate, leave_ranks, load_data, precision, prepare,
+    preset, ranks, refuse_labels, ridge_from_sums, ridge_head, ridge_sums, rng, run_name, shard,
+    sharpen, split, squared_norm, sum_over_ranks, unflat)
 from notebooks.store import State, Store, dump
 # isort: on
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils import Config, open_store, preset, ranks, train  # noqa: E402
+from utils import Config, leave_ranks, open_store, preset, ranks, train  # noqa: E402
 
 
 def value(text: str):
@@ -33,6 +33,7 @@ def main(name: str, *changes: str):
     if ranks()[0] == 0:
         test = f", test {result['test']['top1']:.2%}" if "test" in result else ""
         print(f"{result['run']}: {result['status']}{test}")
+    leave_ranks()
 
 
 if __name__ == "__main__":

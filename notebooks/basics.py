@@ -208,6 +208,16 @@ def ranks() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
+def leave_ranks():
+    """Ends what `ranks` began: the last act of a process that is done, never of one that failed.
+
+    A process that exits with its group alive is now and then aborted by its own threads; one that
+    leaves while others wait for it would wait for them, and torchrun must stop it instead.
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def sum_over_ranks(*tensors: Tensor):
     """Replaces float32 tensors by their sums over all processes, in one all-reduce."""
     if ranks()[1] > 1:

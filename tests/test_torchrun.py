@@ -1,6 +1,7 @@
 """Several processes give the result of one, and any number of them resumes a run."""
 import json
 import os
+import runpy
 import signal
 import socket
 import subprocess
@@ -132,6 +133,31 @@ def test_centralised_runs_are_refused_in_every_process(tmp_path):
         said = json.loads((tmp_path / "two" / f"said{rank}").read_text())
         assert said.startswith("ValueError: algorithm='centralized' has no clients for 2 processes")
     assert not Store(tmp_path / "two").names("**/*.json")
+
+
+def test_the_command_line_leaves_its_group_when_done_and_not_when_it_failed(monkeypatch):
+    """Else gloo's own threads now and then abort a process at its exit."""
+    command = runpy.run_path(str(ROOT / "distributed/train.py"))["main"]
+
+    def train(cfg, store):
+        assert utils.ranks() == (0, 1)
+        assert torch.distributed.is_initialized()
+        if cfg.seed:
+            raise RuntimeError("failed")
+        return {"run": "name", "status": "finished"}
+
+    monkeypatch.setitem(command.__globals__, "train", train)
+    alive = []
+    for field in ("seed=0", "seed=1"):
+        if not (child := os.fork()):
+            os.environ |= dict(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1",
+                               MASTER_PORT=str(free_port()), TORCHELASTIC_RUN_ID="test")
+            try:
+                command("demo", field)
+            finally:
+                os._exit(10 + torch.distributed.is_initialized())
+        alive += codes([child])
+    assert alive == [10, 11]
 
 
 def test_torchrun_starts_the_command_line(tmp_path, monkeypatch):
