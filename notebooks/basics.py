@@ -402,10 +402,10 @@ def augment(images: Tensor, draw: np.random.Generator, pad: int = 4) -> Tensor:
     top, left = draw.integers(0, 2 * pad + 1, (2, n, 1))
     rows, columns = top + np.arange(height), left + np.arange(width)
     columns = np.where(draw.random((n, 1)) < 0.5, columns[:, ::-1], columns)
-    rows, columns = (torch.from_numpy(i).to(images.device, non_blocking=True)
-                     for i in (rows[:, :, None], columns[:, None, :]))
-    sample = torch.arange(n, device=images.device)[:, None, None]
-    return F.pad(images, (pad,) * 4)[sample, :, rows, columns].permute(0, 3, 1, 2)
+    index = rows[:, :, None] * (width + 2 * pad) + columns[:, None, :]
+    index = torch.from_numpy(index).to(images.device, non_blocking=True).view(n, 1, -1)
+    padded = F.pad(images, (pad,) * 4).flatten(2)
+    return padded.gather(2, index.expand(-1, images.shape[1], -1)).view_as(images)
 
 
 @lru_cache
