@@ -167,11 +167,18 @@ def stored(store: Store, **wanted) -> list[Config]:
 
 def tuned(cfg: Config, store: Store) -> Config:
     """`cfg` at the learning rate that was best on validation, IID with J = 4, among stored runs
-    of the same data, model, method and mask rule; as it is, where none is stored."""
+    of the same data, model, method and mask rule; as it is, where none is stored.
+
+    Longer runs reach more at any rate, so only runs of one length are compared: of that at which
+    the most rates were tried, of the longest of these.
+    """
     same = ("dataset", "weights", "image_size", "val_fraction", "head", "algorithm", "server",
             "rule", "calibration") + (("sparsity",) if cfg.rule else ())
     runs = stored(store, classes_per_client=None, local_steps=4,
                   **{name: getattr(cfg, name) for name in same})
+    rates = {t: {c.lr for c in runs if c.num_rounds == t} for t in {c.num_rounds for c in runs}}
+    length = max(rates, key=lambda t: (len(rates[t]), t), default=None)
+    runs = [c for c in runs if c.num_rounds == length]
     return replace(cfg, lr=best(runs, store).lr) if runs else cfg
 
 

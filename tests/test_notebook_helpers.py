@@ -111,6 +111,29 @@ def test_best_is_the_highest_validation_accuracy_of_any_round(store):
     assert utils.best(cfgs, store) == cfgs[1]
 
 
+def test_tuned_takes_the_rate_that_was_best_at_one_length(store):
+    cfg = replace(CFG, local_steps=4, lr=0.5)
+    assert utils.tuned(cfg, store) == cfg
+    put(store, replace(cfg, num_rounds=9, lr=0.1), 0.9)  # longer, but nothing to compare with
+    assert utils.tuned(cfg, store) == replace(cfg, lr=0.1)
+    put(store, replace(cfg, num_rounds=2, lr=0.2), 0.4)
+    put(store, replace(cfg, num_rounds=2, lr=0.3), 0.5)
+    assert utils.tuned(cfg, store) == replace(cfg, lr=0.3)
+    put(store, replace(cfg, num_rounds=3, lr=0.2), 0.7)  # as many at a greater length
+    put(store, replace(cfg, num_rounds=3, lr=0.3), 0.6)
+    assert utils.tuned(cfg, store) == replace(cfg, lr=0.2)
+
+
+@pytest.mark.parametrize("field, value", [("classes_per_client", 5), ("local_steps", 2),
+                                          ("rule", "random"), ("server", "momentum"),
+                                          ("algorithm", "fedprox"), ("head", "ridge")])
+def test_tuned_leaves_runs_of_other_settings_aside(store, field, value):
+    cfg = replace(CFG, local_steps=4, lr=0.5, head="train")
+    put(store, replace(cfg, lr=0.1), 0.4)
+    put(store, replace(cfg, lr=0.2, **{field: value}), 0.9)
+    assert utils.tuned(cfg, store) == replace(cfg, lr=0.1)
+
+
 def test_stored_finds_configurations_by_their_fields(store):
     for cfg in GRID:
         put(store, cfg, 0.5)
