@@ -26,6 +26,7 @@ SHARDINGS = {"IID": None, "Nc=50": 50, "Nc=10": 10, "Nc=5": 5, "Nc=1": 1}
 SKEWED = {k: v for k, v in SHARDINGS.items() if v in (10, 5, 1)}
 RULED = {k: v for k, v in SHARDINGS.items() if v != 50}
 STEPS, SPARSITIES, ROUNDS = (4, 8, 16), (0.0, 0.5, 0.8, 0.9, 0.95, 0.99), (1, 2, 4, 8)
+LONGER = 8                             # times the rounds, where a run is to converge
 WAYS = {"one place": ("central", 1.0), "mean": ("mean", 1.0), "max": ("max", 1.0),
         "vote": ("vote", 1.0), "mean of a tenth": ("mean", 0.1), "vote of a tenth": ("vote", 0.1)}
 METHODS = {
@@ -38,6 +39,16 @@ METHODS = {
 KINDS = {"query": ["query.weight"], "key": ["key.weight"], "key bias": ["key.bias"],
          "value": ["value.weight"], "projection": ["attn.proj.weight"],
          "MLP": ["fc1.weight", "fc2.weight"]}  # all else is "other": biases, norms, patches
+SPEEDS = {  # by script and row of its table
+    ("round_cost", "round"): "its own bare steps: a round",
+    ("round_cost", "evaluation"): "its bare forward passes: an evaluation",
+    ("against_naive", "round"): "a plain FedAvg loop: a round",
+    ("against_naive", "overhead"): "a plain FedAvg loop: overhead of a round (J = 0)",
+    ("against_naive", "peak memory"): "a plain FedAvg loop: peak memory",
+    ("against_flower", "round"): "Flower's simulation: a round",
+    ("against_flower", "overhead"): "Flower's simulation: overhead of a round (J = 0)",
+    ("against_flower", "peak memory"): "Flower's simulation: peak memory",
+    ("scaling", "2 processes by torchrun, over one"): "one process: a round in two (torchrun)"}
 CLASSES = 100  # of CIFAR-100
 MISSING = "No such run is stored yet."
 
@@ -173,6 +184,10 @@ def grid_cell(cfg: Config, nc: int | None, j: int) -> Config:
     return replace(cfg, classes_per_client=nc, local_steps=j,
                    num_rounds=max(1, cfg.num_rounds * 4 // j),
                    eval_every=max(1, cfg.eval_every * 4 // j))
+
+
+def longer(cfg: Config) -> Config:
+    return replace(cfg, num_rounds=LONGER * cfg.num_rounds)
 
 
 def way(cfg: Config, name: str, nc: int) -> Config:
@@ -361,6 +376,18 @@ def answer_rounds_needed(book: Book) -> str:
         f"Within half a point of the best validation accuracy after {near.median():.0f} of "
         f"{book.base.num_rounds} rounds (median, $n={len(near)}$; evaluated every "
         f"{book.base.eval_every}).")
+
+
+def answer_longer(book: Book, cfg: Config) -> str:
+    """What more rounds give an IID run, against the usual number of them and the start."""
+    short, long = book.tests(cfg), book.tests(longer(cfg))
+    if short.empty or long.empty:
+        return MISSING
+    near = converged(book.history(longer(cfg)))
+    words = listed([relation(long, short, book.images, f"{cfg.num_rounds} rounds"),
+                    *([relation(long, book.start, book.images, "the start")] * len(book.start))])
+    return (f"With {longer(cfg).num_rounds} rounds {told(long)}, {words}; within half a point of "
+            f"the best validation accuracy after {near.median():.0f}.")
 
 
 def answer_shards(book: Book, j: int) -> str:
@@ -599,7 +626,9 @@ TABLES = dict(grid=table_grid, central=table_central, six=table_six, sparsity=ta
               ends=table_ends, published=table_published)
 ANSWERS = dict(
     epochs=answer_epochs, central=answer_central, schedule=answer_schedule,
-    roundsNeeded=answer_rounds_needed, shardsFour=lambda b: answer_shards(b, STEPS[0]),
+    roundsNeeded=answer_rounds_needed, longer=lambda b: answer_longer(b, b.base),
+    longerSparse=lambda b: answer_longer(b, b.sparse),
+    shardsFour=lambda b: answer_shards(b, STEPS[0]),
     shardsEight=lambda b: answer_shards(b, STEPS[1]),
     shardsSixteen=lambda b: answer_shards(b, STEPS[2]), steps=answer_steps, below=answer_below,
     collapse=answer_collapse, drift=answer_drift, six=answer_six,
@@ -620,7 +649,7 @@ def macros(book: Book) -> str:
 
 
 def readme_tables(book: Book) -> str:
-    """The README's table: a row for each J of the grid, for the masks and for the start."""
+    """The README's table: rows for each J of the grid, the masks, longer runs and the start."""
     def row(name, cells):
         return f"| {' | '.join([name, *cells])} |"
 
@@ -629,17 +658,48 @@ def readme_tables(book: Book) -> str:
     dense = {f"FedAvg, J = {j}": partial(grid_cell, book.base, j=j) for j in STEPS}
     masked = {f"{rule.replace('_', ' ')} tenth": lambda nc, rule=rule: replace(
         book.sparse, rule=rule, classes_per_client=nc) for rule in RULES}
+    more = {f"{name}, {LONGER} × T": lambda nc, cfg=cfg: longer(replace(
+        cfg, classes_per_client=nc)) for name, cfg in (("FedAvg, J = 4", book.base),
+                                                       ("least sensitive tenth", book.sparse))}
     return "\n".join([
         row("test top-1 (%)", SHARDINGS), "|---" * (1 + len(SHARDINGS)) + "|",
-        *(row(name, over_shardings(of)) for name, of in (dense | masked).items()),
+        *(row(name, over_shardings(of)) for name, of in (dense | masked | more).items()),
         row("untrained start", [mean_sd(book.start), *[""] * (len(SHARDINGS) - 1)])])
 
 
+def speed_tables(folder: Path) -> str:
+    """The ratios that `make bench` stored, medians by model and input: a table a machine."""
+    tables = []
+    for device in ("cpu", "gpu"):
+        read = {p.stem.rpartition("_")[0]: json.loads(p.read_text())
+                for p in sorted(folder.glob(f"*_{device}.json"))}
+        if not read:
+            continue
+        rows = pd.concat([pd.DataFrame(r["rows"]).assign(by=name) for name, r in read.items()])
+        machine = next(iter(read.values()))["machine"]
+        rows["case"] = [f"{'small ViT' if model == 'mini' else model}, {px} px"
+                        for model, px in zip(rows.model, rows.px, strict=True)]
+        rows = rows.sort_values("px", kind="stable")
+        cells = {name: rows[(rows.by == by) & (rows.what == what)].groupby("case").ratio.first()
+                 for (by, what), name in SPEEDS.items()}
+        columns = [c for c in rows.case.unique() if any(c in found for found in cells.values())]
+        where = machine["gpu"] or f"{machine['threads']} CPU threads"
+        tables.append("\n".join([
+            f"| ours over, on {where} | {' | '.join(columns)} |",
+            "|---" * (1 + len(columns)) + "|",
+            *(f"| {name} | {' | '.join(f'{x:.2f}' for x in found.reindex(columns))} |".replace(
+                "nan", "") for name, found in cells.items() if len(found))]))
+    return "\n\n".join(tables)
+
+
 def with_tables(readme: str, book: Book) -> str:
-    """The README's text with its table between the two marks made anew."""
-    before, mark, rest = readme.partition("<!-- made by make report -->\n")
-    _, end, after = rest.partition("\n<!-- until here -->")
-    return before + mark + readme_tables(book) + end + after
+    """The README's text with the tables between its marks made anew."""
+    for name, table in (("results", readme_tables(book)),
+                        ("speed", speed_tables(ROOT / "benchmarks" / "results"))):
+        before, mark, rest = readme.partition(f"<!-- {name}, made by make report -->\n")
+        _, end, after = rest.partition("\n<!-- until here -->")
+        readme = before + mark + table + end + after
+    return readme
 
 
 def write(store: Store, out: Path, preset_name: str = "small"):

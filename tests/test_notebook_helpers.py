@@ -124,7 +124,7 @@ def test_tuned_takes_the_rate_that_was_best_at_one_length(store):
     assert utils.tuned(cfg, store) == replace(cfg, lr=0.2)
 
 
-@pytest.mark.parametrize("field, value", [("classes_per_client", 5), ("local_steps", 2),
+@pytest.mark.parametrize(("field", "value"), [("classes_per_client", 5), ("local_steps", 2),
                                           ("rule", "random"), ("server", "momentum"),
                                           ("algorithm", "fedprox"), ("head", "ridge")])
 def test_tuned_leaves_runs_of_other_settings_aside(store, field, value):

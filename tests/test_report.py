@@ -53,6 +53,24 @@ def test_the_readmes_table_follows_from_the_results(book):
     assert made.with_tables(stale, book).count(made.mean_sd(book.start)) == 1
 
 
+def test_the_readmes_speeds_are_those_that_were_measured(tmp_path):
+    row = dict(model="ViT-S/16", px=64)
+    files = {"round_cost_cpu": [row | dict(what="round", ratio=1.05),
+                                row | dict(what="round", model="mini", px=32, ratio=1.2),
+                                row | dict(what="checkpoint", px=224, ratio=0.01)],
+             "against_naive_cpu": [row | dict(what="overhead", ratio=0.25)],
+             "round_cost_gpu": [row | dict(what="round", ratio=1.02)]}
+    for name, rows in files.items():
+        machine = dict(gpu=name.endswith("gpu") and "NVIDIA T4" or None, threads=2)
+        (tmp_path / f"{name}.json").write_text(json.dumps(dict(machine=machine, rows=rows)))
+    assert made.speed_tables(tmp_path).splitlines() == [
+        "| ours over, on 2 CPU threads | small ViT, 32 px | ViT-S/16, 64 px |", "|---|---|---|",
+        "| its own bare steps: a round | 1.20 | 1.05 |",
+        "| a plain FedAvg loop: overhead of a round (J = 0) |  | 0.25 |", "",
+        "| ours over, on NVIDIA T4 | ViT-S/16, 64 px |", "|---|---|",
+        "| its own bare steps: a round | 1.02 |"]
+
+
 def test_every_macro_and_table_that_the_text_uses_is_made():
     defined = re.findall(r"\\newcommand\{\\(n\w+)\}", (REPORT / "numbers.tex").read_text())
     used = set(re.findall(r"\\(n[A-Z]\w*)", SOURCE))
@@ -122,6 +140,17 @@ def test_words_follow_the_data(book, one_run):
     assert made.answer_below(other).startswith("Of 1 stored cells 1 end above")
     other = one_run(made.grid_cell(book.base, 10, 8), 0.20, 0.20)
     assert "0 level with it and 1 below ($N_c{=}10$ $J{=}8$)" in made.answer_below(other)
+
+
+def test_longer_runs_are_set_against_short_ones_and_the_start(book, one_run):
+    cfg = book.base
+    assert made.answer_longer(one_run(cfg, 0.3), cfg) == made.MISSING
+    one_run(replace(cfg, local_steps=0, num_rounds=1), 0.25)
+    two = one_run(made.longer(cfg), 0.4, 0.42)
+    text = made.answer_longer(two, cfg)
+    assert text.startswith(f"With {8 * cfg.num_rounds} rounds 41.00 $\\pm$ 1.41 (2), 11.0 points "
+                           f"above {cfg.num_rounds} rounds and 16.0 points above the start; ")
+    assert "FedAvg, J = 4, 8 × T | 41.00 ± 1.41 (2) | – |" in made.readme_tables(two)
 
 
 def test_what_is_not_stored_is_a_dash_and_said(tmp_path, book):
