@@ -27,7 +27,7 @@ import torchvision  # noqa: F401
 import tqdm.auto  # noqa: F401
 
 ROOT = Path(__file__).resolve().parent.parent
-U, B, S = "utils.py", "notebooks/basics.py", "notebooks/store.py"
+U, B, S, D = "utils.py", *(f"notebooks/{name}.py" for name in ("basics", "store", "display"))
 MUTANTS = [
     # SparseSGDM
     ("the mask before the decay", U, "[self.bits[p] for p in params])\n", "[self.bits[p] * 0 + 1 for p in params])\n", "test_optimizer", "frozen"),
@@ -100,6 +100,8 @@ MUTANTS = [
     ("top-5 is top-4", B, "logits.topk(min(5,", "logits.topk(min(4,", "test_model", "evaluation"),
     ("a cosine that does not end at 0", B, "return cfg.lr * 0.5 * (1 + math.cos(math.pi * progress))", "return cfg.lr * 0.5 * (1 + math.cos(2 * progress))", "test_model", "rate"),
     ("defaults count in the identity", B, "and getattr(cfg, f.name) != f.default}", "}", "test_faults", "still_found"),
+    ("rates of any length compared", D, "[c for c in runs if c.num_rounds == length]", "[c for c in runs if length]", "test_notebook_helpers", "tuned"),
+    ("a group of processes left alive", "distributed/train.py", "    leave_ranks()\n", "", "test_torchrun", "leaves"),
     ("streams that are one", B, "default_rng((STREAMS.index(stream), *key))", "default_rng((1, *key))", "test_randomness", ""),
     # store
     ("no sync before the rename", S, "            os.fsync(file.fileno())\n", "", "test_store", "synced"),
@@ -123,7 +125,7 @@ def copied(folder: Path) -> Path:
     """The project without its history in a folder of its own."""
     for part in ("utils.py", "pyproject.toml", "README.md"):
         shutil.copy(ROOT / part, folder / part)
-    for part in ("notebooks", "tests"):
+    for part in ("notebooks", "tests", "distributed"):
         shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
     for part in ("weights", "results"):
         (folder / part).symlink_to(ROOT / part)
