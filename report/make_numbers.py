@@ -390,6 +390,19 @@ def answer_longer(book: Book, cfg: Config) -> str:
             f"the best validation accuracy after {near.median():.0f}.")
 
 
+def answer_learnt(book: Book) -> str:
+    """What the longest sparse run does to the loss of augmented and of plain images."""
+    h = next((h for cfg in (longer(book.sparse), book.sparse)
+              if len(h := book.history(cfg))), None)
+    if h is None:
+        return MISSING
+    losses = [(col.groupby(h.run).first().mean(), col.groupby(h.run).last().mean())
+              for col in (h.train_loss, h.val_loss)]  # `first` and `last` of what is not NaN
+    return ("Over {:.0f} rounds the loss of the clients' augmented batches goes from {:.2f} (first "
+            "round) to {:.2f} nats, that of the validation images, which are not augmented, from {:.2f} (first "
+            "evaluation) to {:.2f}.".format(h["round"].max(), *losses[0], *losses[1]))
+
+
 def answer_shards(book: Book, j: int) -> str:
     groups = {k: book.tests(grid_cell(book.base, nc, j)) for k, nc in SHARDINGS.items()}
     iid = groups.pop("IID")
@@ -627,7 +640,7 @@ TABLES = dict(grid=table_grid, central=table_central, six=table_six, sparsity=ta
 ANSWERS = dict(
     epochs=answer_epochs, central=answer_central, schedule=answer_schedule,
     roundsNeeded=answer_rounds_needed, longer=lambda b: answer_longer(b, b.base),
-    longerSparse=lambda b: answer_longer(b, b.sparse),
+    longerSparse=lambda b: answer_longer(b, b.sparse), learnt=answer_learnt,
     shardsFour=lambda b: answer_shards(b, STEPS[0]),
     shardsEight=lambda b: answer_shards(b, STEPS[1]),
     shardsSixteen=lambda b: answer_shards(b, STEPS[2]), steps=answer_steps, below=answer_below,

@@ -150,6 +150,9 @@ def test_longer_runs_are_set_against_short_ones_and_the_start(book, one_run):
     text = made.answer_longer(two, cfg)
     assert text.startswith(f"With {8 * cfg.num_rounds} rounds 41.00 $\\pm$ 1.41 (2), 11.0 points "
                            f"above {cfg.num_rounds} rounds and 16.0 points above the start; ")
+    rows = book.results(cfg)[0]["history"]
+    assert (f"from {rows[0]['train_loss']:.2f} (first round) to {rows[-1]['train_loss']:.2f} nats"
+            in made.answer_learnt(one_run(book.sparse, 0.3)))  # copies of `rows`
     assert "FedAvg, J = 4, 8 × T | 41.00 ± 1.41 (2) | – |" in made.readme_tables(two)
 
 
