@@ -399,8 +399,8 @@ def answer_learnt(book: Book) -> str:
     losses = [(col.groupby(h.run).first().mean(), col.groupby(h.run).last().mean())
               for col in (h.train_loss, h.val_loss)]  # `first` and `last` of what is not NaN
     return ("Over {:.0f} rounds the loss of the clients' augmented batches goes from {:.2f} (first "
-            "round) to {:.2f} nats, that of the validation images, which are not augmented, from {:.2f} (first "
-            "evaluation) to {:.2f}.".format(h["round"].max(), *losses[0], *losses[1]))
+            "round) to {:.2f} nats, that of the validation images, which are not augmented, from "
+            "{:.2f} (first evaluation) to {:.2f}.".format(h["round"].max(), *losses[0], *losses[1]))
 
 
 def answer_shards(book: Book, j: int) -> str:
