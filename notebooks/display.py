@@ -122,6 +122,13 @@ def figure(width: float = COLUMN, height: float = 2.3, **grid):
     return plt.subplots(figsize=(width, height), **grid)
 
 
+def widen(ax, points: float = 2.0):
+    """Widens a y axis of accuracies to `points` at least: what differs by chance must look it."""
+    low, high = ax.get_ylim()
+    more = max(0, points - (high - low)) / 2
+    ax.set_ylim(low - more, high + more)
+
+
 def heatmap(table, ax, label: str, fmt: str = ".1f", **options):
     """A table's numbers, in colour and in print; missing cells, or all of them, stay blank."""
     table = pd.DataFrame(table).astype(float)

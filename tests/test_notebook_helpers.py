@@ -219,6 +219,16 @@ def test_a_figure_is_as_wide_as_a_column():
     plt.close(fig)
 
 
+@pytest.mark.parametrize(("before", "after"), [((30.0, 30.5), (29.25, 31.25)),
+                                               ((10.0, 50.0), (10.0, 50.0))])
+def test_an_axis_of_accuracies_spans_two_points_at_least(before, after):
+    _, ax = plt.subplots()
+    ax.set_ylim(before)
+    utils.widen(ax)
+    assert ax.get_ylim() == after
+    plt.close()
+
+
 def test_a_table_has_rules_two_digits_and_escaped_text(tmp_path):
     frame = pd.DataFrame({"top-1 %": [1.005, None], "n_k": ["2 ± 1", "x"]}, index=["a_b", "c"])
     save_table(frame, tmp_path / "sub" / "table")
