@@ -1,10 +1,18 @@
 """Runs small enough for hand-computed cases, shared by the tests of training."""
+import threading
+
 import numpy as np
 import torch
+import tqdm
 from torch import nn
 
 import utils
 from utils import Config, Data, Run, State
+
+# Tests fork and kill: tqdm's lock between processes would stay with a child killed while holding
+# it, and its monitor thread could hold it at a fork. Then whoever draws a bar waits for ever.
+tqdm.tqdm.monitor_interval = 0
+tqdm.tqdm.set_lock(threading.RLock())
 
 TINY = dict(model_name="vit_tiny_patch16_224", patch_size=8, embed_dim=16, depth=2, num_heads=2)
 CFG = Config(weights="none", arch="mini", dataset="synthetic", image_size=32, batch_size=4,

@@ -11,7 +11,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-import tqdm
 from helpers import CFG, make_small, resumed
 
 import utils
@@ -28,7 +27,6 @@ WAIT = 60  # seconds
 @pytest.fixture(autouse=True)
 def _small(monkeypatch):
     make_small(monkeypatch)
-    monkeypatch.setattr(tqdm.tqdm, "monitor_interval", 0)  # forks and its thread do not mix
 
 
 def free_port() -> int:
