@@ -39,6 +39,8 @@ from notebooks.basics import (
 from notebooks.store import Store
 from utils import apply_vector, client_update, cohort, flat, maskable, open_run, train
 
+RATES = (1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0)  # learning rates to search
+
 
 def train_all(cfgs: list[Config], store: Store, test: bool = True):
     """`train` one after the other what is not stored; stopping by hand stops them all."""
@@ -173,26 +175,49 @@ def stored(store: Store, **wanted) -> list[Config]:
 
 
 def tuned(cfg: Config, store: Store) -> Config:
-    """`cfg` at the learning rate that was best on validation, IID with J = 4, among stored runs
-    of the same data, model, method and mask rule; as it is, where none is stored.
+    """`cfg` at the learning rate that was best on validation among stored runs of its setting: the
+    same sharding, local steps, data, model, method and mask rule. Where no two rates were tried
+    there, at the best for IID clients with J = 4; as it is, where none of these is stored.
 
-    Longer runs reach more at any rate, so only runs of one length are compared: of that at which
-    the most rates were tried, of the longest of these.
+    Longer runs reach more at any rate, and of many seeds one is lucky: compared are runs of seed 0
+    and of one length, that at which the most rates were tried, of the longest of these.
     """
-    same = ("dataset", "weights", "image_size", "val_fraction", "head", "algorithm", "server",
-            "rule", "calibration") + (("sparsity",) if cfg.rule else ())
-    runs = stored(store, classes_per_client=None, local_steps=4,
-                  **{name: getattr(cfg, name) for name in same})
-    rates = {t: {c.lr for c in runs if c.num_rounds == t} for t in {c.num_rounds for c in runs}}
-    length = max(rates, key=lambda t: (len(rates[t]), t), default=None)
-    runs = [c for c in runs if c.num_rounds == length]
-    return replace(cfg, lr=best(runs, store).lr) if runs else cfg
+    names = ("dataset", "weights", "image_size", "val_fraction", "head", "algorithm", "server",
+             "rule", "calibration", "num_clients", "participation", "batch_size")
+    same = {n: getattr(cfg, n) for n in (*names, *(["sparsity"] if cfg.rule else []))}
+    for nc, j, enough in ((cfg.classes_per_client, cfg.local_steps, 2), (None, 4, 1)):
+        runs = stored(store, classes_per_client=nc, local_steps=j, seed=0, **same)
+        rates = {t: {c.lr for c in runs if c.num_rounds == t} for t in {c.num_rounds for c in runs}}
+        length = max(rates, key=lambda t: (len(rates[t]), t), default=None)
+        if len(rates.get(length, ())) >= enough:
+            return replace(cfg, lr=best([c for c in runs if c.num_rounds == length], store).lr)
+    return cfg
+
+
+def search_rates(cfgs: list[Config], store: Store, rates: tuple = RATES):
+    """Searches the learning rate of every configuration on validation, for `tuned` to find: runs
+    it at its own rate, then at lower and higher `rates`, until the best has both its neighbours.
+
+    Ends early where a run does: by hand, or in a frozen store.
+    """
+    todo = list(cfgs)
+    while todo:
+        train_all(todo, store, test=False)
+        if not all(map(store.result, todo)):
+            break
+        todo = []
+        for cfg in cfgs:
+            ladder = [replace(cfg, lr=lr) for lr in sorted({*rates, cfg.lr})]
+            at = ladder.index(best([c for c in ladder if store.result(c)], store))
+            todo += [c for c in ladder[max(0, at - 1):at + 2] if not store.result(c)][:1]
 
 
 def best(cfgs: list[Config], store: Store) -> Config:
-    """The configuration with the highest validation accuracy; the first, where none is stored."""
+    """The configuration with the highest validation accuracy of those that did not diverge; the
+    first, where none is stored."""
     def score(cfg):
-        history = (store.result(cfg) or {"history": []})["history"]
+        result = store.result(cfg)
+        history = result["history"] if result and not result["error"] else []
         return max((row.get("val_top1", 0) for row in history), default=0)
     return max(cfgs, key=score)
 

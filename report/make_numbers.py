@@ -170,6 +170,12 @@ class Book:
         return [c for c in self.central if c.num_epochs == self.base.num_epochs
                 and "test" in self.store.result(c)]
 
+    @cached_property
+    def cells(self) -> dict[tuple, Config]:
+        """The grid by (sharding, J), each cell at the learning rate of its own search."""
+        return {(nc, j): tuned(grid_cell(self.base, nc, j), self.store)
+                for nc in SHARDINGS.values() for j in STEPS}
+
     def vs_start(self, groups: dict[str, pd.Series]) -> str:
         return against(groups, self.start, "the start", self.images)
 
@@ -180,7 +186,7 @@ def open_book(store: Store, preset_name: str) -> Book:
 
 
 def grid_cell(cfg: Config, nc: int | None, j: int) -> Config:
-    """T shrinks as J grows, and so does the distance between evaluations."""
+    """A cell at the rate of `cfg`. T shrinks as J grows, as does the distance of evaluations."""
     return replace(cfg, classes_per_client=nc, local_steps=j,
                    num_rounds=max(1, cfg.num_rounds * 4 // j),
                    eval_every=max(1, cfg.eval_every * 4 // j))
@@ -196,8 +202,9 @@ def way(cfg: Config, name: str, nc: int) -> Config:
 
 
 def method(book: Book, name: str, nc: int) -> Config:
-    cfg = book.sparse if name.startswith("sparse") else book.base
-    return replace(cfg, classes_per_client=nc, **METHODS[name])
+    sparse = replace(book.sparse, classes_per_client=nc)
+    return replace(sparse if name.startswith("sparse") else book.cells[nc, STEPS[0]],
+                   **METHODS[name])
 
 
 def pooled(cfg: Config) -> Config:
@@ -234,6 +241,13 @@ SIX = {"centralised": pooled, "FedAvg IID": lambda c: c,
        "FedAvg Nc=10": partial(replace, classes_per_client=10)}
 
 
+def six(book: Book) -> dict[str, dict[str, pd.Series]]:
+    """Test accuracies of the six models, dense and sparse, by where they are trained."""
+    both = {"dense": book.base, "sparse": book.sparse}
+    return {where: {name: book.tests(tuned(change(cfg), book.store)) for name, cfg in both.items()}
+            for where, change in SIX.items()}
+
+
 # ------------------------------------------------------------------ tables
 def tabular(columns: list[str], rows: list[list[str]], left: int = 1) -> str:
     lines = [" & ".join(r) + r" \\" for r in [columns, *rows]]
@@ -243,9 +257,13 @@ def tabular(columns: list[str], rows: list[list[str]], left: int = 1) -> str:
 
 
 def table_grid(book: Book) -> str:
-    rows = [[tex(k), *(cell(book.tests(grid_cell(book.base, nc, j))) for j in STEPS)]
+    def pair(cfg):
+        tests = book.tests(cfg)
+        return [cell(tests), f"{cfg.lr:g}" if len(tests) else "--"]
+    rows = [[tex(k), *(x for j in STEPS for x in pair(book.cells[nc, j]))]
             for k, nc in SHARDINGS.items()]
-    return tabular(["", *(f"$J={j}$" for j in STEPS)], [*rows, start_row(book, len(STEPS))])
+    heads = [h for j in STEPS for h in (f"$J={j}$", r"$\eta$")]
+    return tabular(["", *heads], [*rows, start_row(book, len(heads))])
 
 
 def start_row(book: Book, columns: int) -> list[str]:
@@ -262,8 +280,7 @@ def table_central(book: Book) -> str:
 
 
 def table_six(book: Book) -> str:
-    rows = [[tex(where), *(cell(book.tests(change(cfg))) for cfg in (book.base, book.sparse))]
-            for where, change in SIX.items()]
+    rows = [[tex(where), *map(cell, groups.values())] for where, groups in six(book).items()]
     return tabular(["", "dense", "sparse"], [*rows, start_row(book, 2)])
 
 
@@ -404,21 +421,41 @@ def answer_learnt(book: Book) -> str:
 
 
 def answer_shards(book: Book, j: int) -> str:
-    groups = {k: book.tests(grid_cell(book.base, nc, j)) for k, nc in SHARDINGS.items()}
+    groups = {k: book.tests(book.cells[nc, j]) for k, nc in SHARDINGS.items()}
     iid = groups.pop("IID")
     return sentence(against(groups, iid, "IID", book.images))
 
 
 def answer_steps(book: Book) -> str:
-    short, long = ({k: book.tests(grid_cell(book.base, nc, j)) for k, nc in SHARDINGS.items()}
+    short, long = ({k: book.tests(book.cells[nc, j]) for k, nc in SHARDINGS.items()}
                    for j in (STEPS[0], STEPS[-1]))
     return sentence(paired(long, short, f"$J={STEPS[0]}$", book.images))
 
 
+def named(nc: int | None, j: int) -> str:
+    return f"{tex('IID' if nc is None else f'Nc={nc}')} $J{{=}}{j}$"
+
+
+def answer_tuning(book: Book) -> str:
+    """What its own learning rate is worth to a cell, on validation, against that of IID clients."""
+    def val(cfg):
+        return frames([r for r in [book.store.result(cfg)] if r])[0].val.max()
+    own = {named(*k): cfg for k, cfg in book.cells.items()}
+    gain = pd.Series({named(nc, j): val(cfg) - val(grid_cell(book.base, nc, j))
+                      for (nc, j), cfg in book.cells.items()}).dropna()
+    if gain.empty:
+        return MISSING
+    rates = [own[k].lr for k in gain.index]
+    below, above = sum(r < book.base.lr for r in rates), sum(r > book.base.lr for r in rates)
+    words = f"; {gain.idxmax()} gains most, {gain.max():.1f} points" if gain.max() > 0 else ""
+    return (f"Of {len(gain)} cells {below} do best on validation below the "
+            f"$\\eta={book.base.lr:g}$ of IID clients at $J={STEPS[0]}$, {above} above it and "
+            f"{len(gain) - below - above} at it{words}.")
+
+
 def answer_below(book: Book) -> str:
     """How many cells of the grid end above, level with and below the untrained start."""
-    cells = {f"{tex(k)} $J{{=}}{j}$": book.tests(grid_cell(book.base, nc, j))
-             for k, nc in SHARDINGS.items() for j in STEPS}
+    cells = {named(nc, j): book.tests(cfg) for (nc, j), cfg in book.cells.items()}
     words = {k: relation(v, book.start, book.images) for k, v in cells.items()
              if len(v) and len(book.start)}
     below = [k for k, w in words.items() if "below" in w]
@@ -429,11 +466,11 @@ def answer_below(book: Book) -> str:
 
 
 def answer_collapse(book: Book) -> str:
-    """Cells no better than guessing."""
-    cells = {f"{tex(k)} $J{{=}}{j}$": book.tests(grid_cell(book.base, nc, j))
-             for k, nc in SHARDINGS.items() for j in STEPS}
+    """Cells no better than guessing, at the learning rate of IID clients."""
+    cells = {named(nc, j): book.tests(grid_cell(book.base, nc, j)) for nc, j in book.cells}
     lost = [k for k, v in cells.items() if len(v) and abs(v.mean() - 100 / CLASSES) < 1]
-    return f"Within a point of chance: {listed(lost) or 'no cell'}."
+    return (f"With the $\\eta={book.base.lr:g}$ of IID clients, within a point of chance: "
+            f"{listed(lost) or 'no cell'}.")
 
 
 def answer_drift(book: Book) -> str:
@@ -449,11 +486,8 @@ def answer_drift(book: Book) -> str:
 
 
 def answer_six(book: Book) -> str:
-    texts = {}
-    for where, change in SIX.items():
-        groups = {"dense": book.tests(change(book.base)), "sparse": book.tests(change(book.sparse))}
-        texts[where] = book.vs_start({k: v for k, v in groups.items() if len(v)})
-    return per_sharding(texts)
+    return per_sharding({where: book.vs_start({k: v for k, v in groups.items() if len(v)})
+                         for where, groups in six(book).items()})
 
 
 def answer_sweep(book: Book, symbol: str, field: str, values) -> str:
@@ -643,8 +677,9 @@ ANSWERS = dict(
     longerSparse=lambda b: answer_longer(b, b.sparse), learnt=answer_learnt,
     shardsFour=lambda b: answer_shards(b, STEPS[0]),
     shardsEight=lambda b: answer_shards(b, STEPS[1]),
-    shardsSixteen=lambda b: answer_shards(b, STEPS[2]), steps=answer_steps, below=answer_below,
-    collapse=answer_collapse, drift=answer_drift, six=answer_six,
+    shardsSixteen=lambda b: answer_shards(b, STEPS[2]), steps=answer_steps,
+    tuning=answer_tuning, below=answer_below, collapse=answer_collapse, drift=answer_drift,
+    six=answer_six,
     sparsity=lambda b: answer_sweep(b, "s", "sparsity", SPARSITIES),
     calibration=lambda b: answer_sweep(b, "R", "calibration_rounds", ROUNDS), rates=answer_rates,
     ruleRates=answer_rule_rates,
@@ -668,7 +703,7 @@ def readme_tables(book: Book) -> str:
 
     def over_shardings(of):
         return [mean_sd(book.tests(of(nc))) for nc in SHARDINGS.values()]
-    dense = {f"FedAvg, J = {j}": partial(grid_cell, book.base, j=j) for j in STEPS}
+    dense = {f"FedAvg, J = {j}": lambda nc, j=j: book.cells[nc, j] for j in STEPS}
     masked = {f"{rule.replace('_', ' ')} tenth": lambda nc, rule=rule: replace(
         book.sparse, rule=rule, classes_per_client=nc) for rule in RULES}
     more = {f"{name}, {LONGER} × T": lambda nc, cfg=cfg: longer(replace(

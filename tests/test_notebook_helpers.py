@@ -1,5 +1,6 @@
 """What the notebooks draw from: gathered results, means, plans, figures and tables."""
 import json
+import math
 from dataclasses import asdict, replace
 
 import pandas as pd
@@ -8,6 +9,7 @@ from helpers import CFG, make_small
 from matplotlib import pyplot as plt
 
 import utils
+from notebooks import display
 from utils import Store, dump, gather, identity, mean_sd, plan, run_name, save_figure, save_table
 
 GRID = [CFG, replace(CFG, classes_per_client=5),
@@ -109,6 +111,8 @@ def test_best_is_the_highest_validation_accuracy_of_any_round(store):
     put(store, cfgs[1], 0.2, 0.9, 0.1, test=0.1)
     put(store, cfgs[2], 0.2, 0.3, 0.8, test=0.9)
     assert utils.best(cfgs, store) == cfgs[1]
+    put(store, cfgs[0], 0.95, test=None, error="the loss is not finite")  # no run to choose
+    assert utils.best(cfgs, store) == cfgs[1]
 
 
 def test_tuned_takes_the_rate_that_was_best_at_one_length(store):
@@ -126,12 +130,53 @@ def test_tuned_takes_the_rate_that_was_best_at_one_length(store):
 
 @pytest.mark.parametrize(("field", "value"), [("classes_per_client", 5), ("local_steps", 2),
                                           ("rule", "random"), ("server", "momentum"),
-                                          ("algorithm", "fedprox"), ("head", "ridge")])
+                                          ("algorithm", "fedprox"), ("head", "ridge"),
+                                          ("batch_size", 99), ("seed", 1)])
 def test_tuned_leaves_runs_of_other_settings_aside(store, field, value):
     cfg = replace(CFG, local_steps=4, lr=0.5, head="train")
     put(store, replace(cfg, lr=0.1), 0.4)
     put(store, replace(cfg, lr=0.2, **{field: value}), 0.9)
     assert utils.tuned(cfg, store) == replace(cfg, lr=0.1)
+
+
+def test_tuned_prefers_the_search_of_a_setting_to_that_of_iid_clients(store):
+    iid = replace(CFG, local_steps=4, lr=0.5)
+    cfg = replace(iid, classes_per_client=5, local_steps=8, seed=2)
+    put(store, replace(iid, lr=0.3), 0.5)
+    put(store, replace(cfg, lr=0.1, seed=0), 0.4)  # one rate is no search
+    assert utils.tuned(cfg, store) == replace(cfg, lr=0.3)
+    put(store, replace(cfg, lr=0.2, seed=0), 0.3)
+    assert utils.tuned(cfg, store) == replace(cfg, lr=0.1)
+    assert utils.tuned(iid, store) == replace(iid, lr=0.3)
+
+
+def test_a_search_of_rates_ends_with_both_neighbours_of_the_best(store, monkeypatch):
+    peaks, waves = {None: 0.03, 5: 0.001}, []
+
+    def train_all(cfgs, store, test):
+        assert not test
+        waves.append([(c.classes_per_client, c.lr) for c in cfgs])
+        for c in cfgs:
+            score = 0.9 - abs(math.log10(c.lr / peaks[c.classes_per_client])) / 10
+            put(store, c, score, test=None)
+
+    monkeypatch.setattr(display, "train_all", train_all)
+    cells = [replace(CFG, lr=0.1), replace(CFG, lr=0.1, classes_per_client=5)]
+    utils.search_rates(cells, store)
+    assert waves == [[(None, 0.1), (5, 0.1)], [(None, 0.03), (5, 0.03)], [(None, 0.01), (5, 0.01)],
+                     [(5, 0.003)], [(5, 0.001)]]  # the lowest rate has one neighbour only
+    waves.clear()
+    utils.search_rates(cells, store)  # again: nothing is left to try
+    assert waves == [[(None, 0.1), (5, 0.1)]]
+    utils.search_rates([replace(CFG, lr=0.02, seed=1)], store, rates=(0.1,))  # its own: between
+    assert waves[1:] == [[(None, 0.02)], [(None, 0.1)]]
+
+
+def test_a_search_of_rates_stops_where_training_does(store, monkeypatch):
+    calls = []
+    monkeypatch.setattr(display, "train_all", lambda *args, **kwargs: calls.append(args))
+    utils.search_rates([replace(CFG, lr=0.1)], store)
+    assert len(calls) == 1
 
 
 def test_stored_finds_configurations_by_their_fields(store):

@@ -27,11 +27,13 @@ def one_run(book, tmp_path):
     """Writes copies of a stored run under other seeds and test accuracies into a store."""
     kept = book.results(book.base)[0]
 
-    def write(cfg, *accuracies):
+    def write(cfg, *accuracies, val=0.3):
         for seed, top1 in enumerate(accuracies):
             run = replace(cfg, seed=seed)
+            rows = [row | ({"val_top1": val} if "val_top1" in row else {})
+                    for row in kept["history"]]
             result = kept | dict(run=run_name(run), config=asdict(run), identity=identity(run),
-                                 test=kept["test"] | {"top1": top1})
+                                 test=kept["test"] | {"top1": top1}, history=rows)
             (tmp_path / f"{run_name(run)}.json").write_bytes(dump(result))
         return made.Book(Store(tmp_path, frozen=True), book.base, book.sparse)
     return write
@@ -140,6 +142,22 @@ def test_words_follow_the_data(book, one_run):
     assert made.answer_below(other).startswith("Of 1 stored cells 1 end above")
     other = one_run(made.grid_cell(book.base, 10, 8), 0.20, 0.20)
     assert "0 level with it and 1 below ($N_c{=}10$ $J{=}8$)" in made.answer_below(other)
+
+
+def test_every_cell_is_told_at_the_rate_of_its_own_search(book, one_run):
+    iid, cell = book.base, made.grid_cell(book.base, 1, 4)
+    one_run(iid, 0.34, val=0.3)
+    one_run(cell, 0.10, 0.10, val=0.1)
+    one_run(replace(cell, lr=iid.lr / 3), 0.20, val=0.2)
+    two = one_run(replace(cell, lr=iid.lr / 10), 0.28, 0.30, val=0.25)
+    assert f"29.00{{\\sd\\,$\\pm$1.41(2)}} & {iid.lr / 10:g} &" in made.table_grid(two)
+    assert "| FedAvg, J = 4 | 34.00 (1) | – | – | – | 29.00 ± 1.41 (2) |" in made.readme_tables(two)
+    assert made.answer_tuning(two) == (
+        f"Of 2 cells 1 do best on validation below the $\\eta={iid.lr:g}$ of IID clients at $J=4$, "
+        "0 above it and 1 at it; $N_c{=}1$ $J{=}4$ gains most, 15.0 points.")
+    assert made.answer_collapse(two).endswith("within a point of chance: no cell.")
+    assert made.method(two, "FedProx", 1).lr == iid.lr / 10
+    assert made.method(two, "sparse", 1).lr == two.sparse.lr
 
 
 def test_longer_runs_are_set_against_short_ones_and_the_start(book, one_run):
