@@ -101,6 +101,13 @@ MUTANTS = [
     ("a cosine that does not end at 0", B, "return cfg.lr * 0.5 * (1 + math.cos(math.pi * progress))", "return cfg.lr * 0.5 * (1 + math.cos(2 * progress))", "test_model", "rate"),
     ("defaults count in the identity", B, "and getattr(cfg, f.name) != f.default}", "}", "test_faults", "still_found"),
     ("rates of any length compared", D, "[c for c in runs if c.num_rounds == length]", "[c for c in runs if length]", "test_notebook_helpers", "tuned"),
+    ("one rate is a search", D, "cfg.local_steps, 2), (None", "cfg.local_steps, 1), (None", "test_notebook_helpers", "tuned"),
+    ("the luckiest of all seeds is chosen", D, "local_steps=j, seed=0, **same)", "local_steps=j, **same)", "test_notebook_helpers", "tuned"),
+    ("a search without its upper neighbour", D, "ladder[max(0, at - 1):at + 2]", "ladder[max(0, at - 1):at + 1]", "test_notebook_helpers", "rates"),
+    ("a search goes on where training stopped", D, "        if not all(map(store.result, todo)):\n            break\n", "", "test_notebook_helpers", "rates"),
+    ("a diverged run is chosen", D, 'if result and not result["error"] else []', "if result else []", "test_notebook_helpers", "best"),
+    ("drift at every cell's own rate", "report/make_numbers.py", "motion(book, grid_cell(book.base, nc, j)) for nc in (None, 1)", "motion(book, book.cells[nc, j]) for nc in (None, 1)", "test_report", "rate"),
+    ("the grid at one rate", "report/make_numbers.py", "return {(nc, j): tuned(grid_cell(self.base, nc, j), self.store)", "return {(nc, j): grid_cell(self.base, nc, j)", "test_report", "rate"),
     ("a group of processes left alive", "distributed/train.py", "    leave_ranks()\n", "", "test_torchrun", "leaves"),
     ("streams that are one", B, "default_rng((STREAMS.index(stream), *key))", "default_rng((1, *key))", "test_randomness", ""),
     # store
@@ -125,7 +132,7 @@ def copied(folder: Path) -> Path:
     """The project without its history in a folder of its own."""
     for part in ("utils.py", "pyproject.toml", "README.md"):
         shutil.copy(ROOT / part, folder / part)
-    for part in ("notebooks", "tests", "distributed"):
+    for part in ("notebooks", "tests", "distributed", "report"):
         shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
     for part in ("weights", "results"):
         (folder / part).symlink_to(ROOT / part)

@@ -160,6 +160,16 @@ def test_every_cell_is_told_at_the_rate_of_its_own_search(book, one_run):
     assert made.method(two, "sparse", 1).lr == two.sparse.lr
 
 
+def test_task_vectors_are_compared_at_one_learning_rate(book, one_run):
+    cell = made.grid_cell(book.base, 1, 4)
+    one_run(book.base, 0.34)
+    one_run(replace(cell, lr=0.01), 0.3)
+    slow = one_run(replace(cell, lr=0.003), 0.3)
+    assert slow.cells[1, 4].lr != book.base.lr
+    assert made.answer_drift(slow) == made.MISSING
+    assert "1.0 times as long" in made.answer_drift(one_run(cell, 0.1))  # copies of one history
+
+
 def test_longer_runs_are_set_against_short_ones_and_the_start(book, one_run):
     cfg = book.base
     assert made.answer_longer(one_run(cfg, 0.3), cfg) == made.MISSING
