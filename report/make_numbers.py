@@ -18,12 +18,12 @@ import pandas as pd
 
 from notebooks.basics import PER_CLASS, ROOT, RULES, Config, cohort_size, preset
 from notebooks.store import Store
-from utils import best, converged, diagnose, frames, mean_sd, stored, tuned
+from utils import RATES, best, converged, diagnose, frames, mean_sd, stored, tuned
 
 HERE = Path(__file__).resolve().parent
 SEEDS = range(10)                      # a seed that is not stored is not counted
 SHARDINGS = {"IID": None, "Nc=50": 50, "Nc=10": 10, "Nc=5": 5, "Nc=1": 1}
-SKEWED = {k: v for k, v in SHARDINGS.items() if v in (10, 5, 1)}
+SKEWED = {k: v for k, v in SHARDINGS.items() if v in (10, 1)}
 RULED = {k: v for k, v in SHARDINGS.items() if v != 50}
 STEPS, SPARSITIES, ROUNDS = (4, 8, 16), (0.0, 0.5, 0.8, 0.9, 0.95, 0.99), (1, 2, 4, 8)
 LONGER = 8                             # times the rounds, where a run is to converge
@@ -640,7 +640,7 @@ def settings(book: Book) -> dict[str, str]:
                  epochs=cfg.num_epochs, pixels=cfg.image_size, ridge=cfg.ridge_l2,
                  sparsity=book.sparse.sparsity, calibrationRounds=book.sparse.calibration_rounds,
                  calibrationImages=book.sparse.calibration_images, sparseLr=book.sparse.lr,
-                 proxMu=cfg.prox_mu)
+                 proxMu=cfg.prox_mu, lowestRate=RATES[0])
     facts = {k: f"{v:g}" for k, v in facts.items()}
     per_class = PER_CLASS[cfg.dataset]
     held = round(cfg.val_fraction * per_class)
