@@ -26,7 +26,7 @@ from notebooks.basics import (  # noqa: F401  handed on
     augment, backbone, build_model, code_version, cohort, cohort_size, device, digest, evaluate,
     features, flat, hardware, identity, learning_rate, leave_ranks, load_data, precision, prepare,
     preset, ranks, refuse_labels, ridge_from_sums, ridge_head, ridge_sums, rng, run_name, shard,
-    sharpen, split, squared_norm, sum_over_ranks, unflat)
+    sharpen, split, squared_norm, sum_over_ranks, unflat, world_size)
 from notebooks.store import State, Store, dump
 # isort: on
 
@@ -641,8 +641,9 @@ def train(cfg: Config, store: Store | None = None, test: bool = True, step=None)
     """
     if not isinstance(cfg, Config):
         raise TypeError(f"{cfg!r} is no Config")
-    if cfg.algorithm == "centralized" and ranks()[1] > 1:
-        raise ValueError(f"algorithm='centralized' has no clients for {ranks()[1]} processes to "
+    if cfg.algorithm == "centralized" and (n := world_size()) > 1:
+        # before they meet: where one fails while others connect, these see a broken connection
+        raise ValueError(f"algorithm='centralized' has no clients for {n} processes to "
                          "share: start it in one, without torchrun")
     store = store or Store()
     if result := stored_result(cfg, store, test):

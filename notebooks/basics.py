@@ -199,6 +199,11 @@ class Data:
     val: np.ndarray
 
 
+def world_size() -> int:
+    """How many processes torchrun started, 1 without it; asks the environment, joins no group."""
+    return int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else 1
+
+
 def ranks() -> tuple[int, int]:
     """(rank, number of processes): (0, 1) unless torchrun started several."""
     if "TORCHELASTIC_RUN_ID" in os.environ and not dist.is_initialized():

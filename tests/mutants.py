@@ -108,6 +108,7 @@ MUTANTS = [
     ("a diverged run is chosen", D, 'if result and not result["error"] else []', "if result else []", "test_notebook_helpers", "best"),
     ("drift at every cell's own rate", "report/make_numbers.py", "motion(book, grid_cell(book.base, nc, j)) for nc in (None, 1)", "motion(book, book.cells[nc, j]) for nc in (None, 1)", "test_report", "rate"),
     ("the grid at one rate", "report/make_numbers.py", "return {(nc, j): tuned(grid_cell(self.base, nc, j), self.store)", "return {(nc, j): grid_cell(self.base, nc, j)", "test_report", "rate"),
+    ("processes meet before one is refused", U, "(n := world_size()) > 1", "(n := ranks()[1]) > 1", "test_torchrun", "before_processes"),
     ("a group of processes left alive", "distributed/train.py", "    leave_ranks()\n", "", "test_torchrun", "leaves"),
     ("streams that are one", B, "default_rng((STREAMS.index(stream), *key))", "default_rng((1, *key))", "test_randomness", ""),
     # store

@@ -133,6 +133,14 @@ def test_centralised_runs_are_refused_in_every_process(tmp_path):
     assert not Store(tmp_path / "two").names("**/*.json")
 
 
+def test_a_centralised_run_is_refused_before_processes_meet(tmp_path, monkeypatch):
+    for name, value in dict(TORCHELASTIC_RUN_ID="test", WORLD_SIZE="2").items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="has no clients for 2 processes"):
+        utils.train(replace(CFG, algorithm="centralized"), Store(tmp_path))
+    assert not torch.distributed.is_initialized()
+
+
 def test_the_command_line_leaves_its_group_when_done_and_not_when_it_failed(monkeypatch):
     """Else gloo's own threads now and then abort a process at its exit."""
     command = runpy.run_path(str(ROOT / "distributed/train.py"))["main"]
