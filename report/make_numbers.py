@@ -176,6 +176,13 @@ class Book:
         return {(nc, j): tuned(grid_cell(self.base, nc, j), self.store)
                 for nc in SHARDINGS.values() for j in STEPS}
 
+    @cached_property
+    def longer_central(self) -> dict[int, list[Config]]:
+        """Tested centralised runs of more epochs than usual, by their number."""
+        tested = [c for c in self.central if "test" in self.store.result(c)]
+        return {n: [c for c in tested if c.num_epochs == n]
+                for n in {c.num_epochs for c in tested} if n > self.base.num_epochs}
+
     def vs_start(self, groups: dict[str, pd.Series]) -> str:
         return against(groups, self.start, "the start", self.images)
 
@@ -364,8 +371,15 @@ def answer_epochs(book: Book) -> str:
         return f"The final runs are not stored yet; the search ran {listed(tried)} epochs." if (
             tried) else MISSING
     near = converged(frames([book.store.result(c) for c in book.final])[1])
-    return (f"Validation accuracy comes within half a point of its best after {near.median():.0f} "
+    text = (f"Validation accuracy comes within half a point of its best after {near.median():.0f} "
             f"of {book.base.num_epochs} epochs (median, $n={len(near)}$).")
+    for length, runs in sorted(book.longer_central.items()):
+        tests, history = frames([book.store.result(c) for c in runs])
+        short = frames([book.store.result(c) for c in book.final])[0].test
+        text += (f" With {length} epochs {told(tests.test)} on test, "
+                 f"{relation(tests.test, short, book.images, f'{book.base.num_epochs} epochs')}, "
+                 f"and that near after {converged(history).median():.0f}.")
+    return text
 
 
 def answer_central(book: Book) -> str:
@@ -402,7 +416,8 @@ def answer_longer(book: Book, cfg: Config) -> str:
         return MISSING
     near = converged(book.history(longer(cfg)))
     words = listed([relation(long, short, book.images, f"{cfg.num_rounds} rounds"),
-                    *([relation(long, book.start, book.images, "the start")] * len(book.start))])
+                    *([relation(long, book.start, book.images, "the start")]
+                      if len(book.start) else [])])
     return (f"With {longer(cfg).num_rounds} rounds {told(long)}, {words}; within half a point of "
             f"the best validation accuracy after {near.median():.0f}.")
 

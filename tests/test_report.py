@@ -173,7 +173,7 @@ def test_task_vectors_are_compared_at_one_learning_rate(book, one_run):
 def test_longer_runs_are_set_against_short_ones_and_the_start(book, one_run):
     cfg = book.base
     assert made.answer_longer(one_run(cfg, 0.3), cfg) == made.MISSING
-    one_run(replace(cfg, local_steps=0, num_rounds=1), 0.25)
+    one_run(replace(cfg, local_steps=0, num_rounds=1), 0.25, 0.25)
     two = one_run(made.longer(cfg), 0.4, 0.42)
     text = made.answer_longer(two, cfg)
     assert text.startswith(f"With {8 * cfg.num_rounds} rounds 41.00 $\\pm$ 1.41 (2), 11.0 points "
@@ -182,6 +182,16 @@ def test_longer_runs_are_set_against_short_ones_and_the_start(book, one_run):
     assert (f"from {rows[0]['train_loss']:.2f} (first round) to {rows[-1]['train_loss']:.2f} nats"
             in made.answer_learnt(one_run(book.sparse, 0.3)))  # copies of `rows`
     assert "FedAvg, J = 4, 8 × T | 41.00 ± 1.41 (2) | – |" in made.readme_tables(two)
+
+
+def test_longer_centralised_runs_answer_how_many_epochs(book, one_run):
+    cfg = replace(made.pooled(book.base), head="train")
+    one = one_run(cfg, 0.40)
+    assert "With" not in made.answer_epochs(one)
+    two = one_run(replace(cfg, num_epochs=2 * cfg.num_epochs), 0.42, 0.44)
+    assert (f"With {2 * cfg.num_epochs} epochs 43.00 $\\pm$ 1.41 (2) on test, 3.0 points above "
+            f"{cfg.num_epochs} epochs, and that near after ") in made.answer_epochs(two)
+    assert made.answer_central(two).startswith("The chosen configuration reaches 40.00 (1)")
 
 
 def test_what_is_not_stored_is_a_dash_and_said(tmp_path, book):
