@@ -584,7 +584,7 @@ def answer_rules_start(book: Book) -> str:
 
 
 def answer_control(book: Book) -> str:
-    control, calibrated = ({tex(k): rule_tests(book, nc)[rule] for k, nc in RULED.items()}
+    control, calibrated = ({k: rule_tests(book, nc)[rule] for k, nc in RULED.items()}
                            for rule in ("query_key", "least_sensitive"))
     return sentence(paired(control, calibrated, "the calibrated mask", book.images))
 

@@ -79,6 +79,7 @@ def test_every_macro_and_table_that_the_text_uses_is_made():
     assert used
     assert used <= set(defined)
     assert len(defined) == len(set(defined))
+    assert "N c" not in (REPORT / "numbers.tex").read_text()  # names made TeX of twice
     tables = set(re.findall(r"\\input\{tables/(\w+)\}", SOURCE))
     assert tables == set(made.TABLES)
 
