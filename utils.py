@@ -1,270 +1,623 @@
-"""Federated learning under the lens of task arithmetic: masks, federated averaging, training.
+"""Federated learning under the lens of task arithmetic: the method, in one file.
 
-Below lie notebooks/basics.py (configuration, randomness, data, model) and notebooks/store.py
-(checkpoints and results), above it notebooks/display.py (panel, tables, figures); this module has
-all their names, so that it is the one to import. Weights, scores, masks and task vectors have one
-currency: `dict[str, Tensor]` keyed by parameter name.
+Everything between a configuration and its stored result stands here, in reading order; each
+section uses only the ones above it, and only third-party libraries are imported. Weights, scores,
+masks and task vectors have one currency: `dict[str, Tensor]`, keyed by parameter name.
+
+    configuration        Config, its key and its name; the tables of algorithms and mask rules
+    randomness           every draw is a function of (stream, seed, round, client)
+    data and shards      split, shards, cohorts, augmentation
+    task vectors         sums and multiples of named tensors
+    SparseSGDM           SGD with momentum that moves only the trainable entries
+    sensitivity          the diagonal Fisher information, sample by sample
+    masks                rules that score weights; calibration in rounds, central or federated
+    one local step       learning rate, precision, gradient
+    federated averaging  a client's update, the cohort's, the round; the hooks of an algorithm
+    the resumable loop   evaluation, epochs, rounds with checkpoints
+    plumbing             data sets, backbones, heads, storage, training by name
+
+To change a default, see `Config` and `PRESETS`; how images are shared out, `shard`; what a client
+or the server does, subclass `FedAvg` and call `register_algorithm`; which weights are trained,
+write a function and call `register_rule`.
 """
+import ast
+import hashlib
+import inspect
+import io
+import json
 import math
+import os
+import platform
 import re
+import signal
+import textwrap
+import threading
 import time
 import warnings
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property, partial
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import lru_cache, partial
 from importlib.metadata import version
-from platform import python_version
+from pathlib import Path
+from typing import Annotated, Literal
 
+import filelock
 import numpy as np
+import safetensors.torch
+import scipy.optimize
+import timm
 import torch
 import torch.nn.functional as F
+import torchvision
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass as pydantic_dataclass
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-# isort: off
-from notebooks.basics import (  # noqa: F401  handed on
-    ARCHS, DINO, HEAD, NOTES, NO_CONTEXT, PRESETS, ROOT, RULES, STREAMS, Config, Data, Params,
-    augment, backbone, build_model, code_version, cohort, cohort_size, device, digest, evaluate,
-    features, flat, hardware, identity, learning_rate, leave_ranks, load_data, precision, prepare,
-    preset, ranks, refuse_labels, ridge_from_sums, ridge_head, ridge_sums, rng, run_name, shard,
-    sharpen, split, squared_norm, sum_over_ranks, unflat, world_size)
-from notebooks.store import State, Store, dump
-# isort: on
+__all__ = [
+    # configuration and randomness
+    "ALGORITHMS", "Config", "PRESETS", "Params", "ROOT", "RULES", "preset", "register_algorithm",
+    "register_rule", "rng", "run_key", "run_name",
+    # data and shards
+    "Data", "augment", "cohort", "cohort_size", "load_data", "shard", "split",
+    # task vectors
+    "add", "apply_vector", "flatten", "negate", "scale", "squared_norm", "task_vector",
+    "unflatten",
+    # sparse training
+    "SparseSGDM", "calibrate_mask", "maskable", "select_lowest", "sensitivity",
+    "trainable_per_layer",
+    # federated averaging
+    "FedAvg", "Run", "State", "client_update", "federated_round",
+    # models, runs and where they are stored
+    "Store", "build_model", "device", "evaluate", "extract_features", "hardware", "open_run",
+    "train", "train_centralized", "train_federated",
+]
+
+Params = dict[str, Tensor]  # keyed by parameter name: weights, scores, masks, task vectors
+ROOT = Path(__file__).resolve().parent
 
 
-# ------------------------------------------------------------------ SparseSGDM
-_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of a weight
+# ------------------------------------------------------------------ configuration
+ALGORITHMS: dict[str, type] = {}   # name -> subclass of FedAvg
+RULES: dict[str, "Rule"] = {}      # name -> how a mask rule scores weights
+NUM_CLASSES = {"cifar100": 100, "cifar10": 10, "synthetic": 100}
+WEIGHT_FILES = {
+    "mini": ROOT / "weights/mini.safetensors",
+    "vits16_tin": ROOT / "weights/vits16_tin.safetensors",
+}
+
+Name = Annotated[str, Field(pattern=r"^([\w+=-][\w.+=-]*)?$", max_length=200)]  # of a file
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(gt=0, le=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
-class SparseSGDM(torch.optim.SGD):
-    """SGD with momentum that moves only entries whose mask is True; without one, torch.optim.SGD.
+@pydantic_dataclass(frozen=True, config=ConfigDict(strict=True, extra="forbid"))
+class Config:
+    """One run, completely; the assignment's symbol stands beside its field.
 
-    The mask comes after weight decay, so a frozen entry neither decays nor drifts. It is keyed by
-    parameter name and must have every parameter that requires a gradient: else KeyError, or
-    ValueError for another shape. `step` leaves the decayed, masked gradient in `.grad`.
+    `dataclasses.replace` makes grids. Raises ValueError (pydantic's ValidationError) that names
+    the field, its value and what is allowed.
     """
+    name: Name = ""                        # results/<name>.json; "" derives it
+    # data and model
+    dataset: Literal["cifar100", "cifar10", "synthetic"] = "cifar100"
+    weights: Annotated[str, Field(min_length=1)] = "dino"  # or in WEIGHT_FILES, "none", a path
+    arch: Literal["vits16", "mini"] = "vits16"
+    image_size: Count = 224                # pixels
+    val_fraction: Share = 0.1
+    split_seed: Annotated[int, Field(ge=0)] = 0  # of training and validation, for all seeds alike
+    eval_images: Count | None = None       # None evaluates on all of validation and test
+    test_curve: bool = False               # test loss in every evaluation; never used for a choice
+    augmentation: Literal["none", "flip", "crop_flip"] = "flip"
+    seed: Annotated[int, Field(ge=0)] = 0  # of shards, cohorts, order, augmentation, masks
+    # federation
+    algorithm: str = "fedavg"              # "centralized", or a name in ALGORITHMS
+    num_clients: Count = 100               # K
+    participation: Share = 0.1             # C, share of the clients in a round
+    classes_per_client: Count | None = None  # Nc; None shards IID
+    dirichlet_alpha: Positive | None = None  # label skew by Dirichlet(alpha) instead of Nc
+    local_steps: Annotated[int, Field(ge=0)] = 4  # J, SGD steps of a client in a round
+    num_rounds: Count = 500                # T
+    num_epochs: Count = 15                 # length of a centralised run
+    eval_every: Count = 10                 # rounds (centralised: epochs) between evaluations
+    prox_mu: NotNegative = 0.01            # mu, of FedProx
+    server_lr: Positive = 1.0              # of algorithms whose server has a rate
+    server_momentum: Decay = 0.9           # of algorithms whose server has a momentum
+    # optimisation
+    batch_size: Count = 64                 # B
+    micro_batch: Count | None = None       # images on the device at once; None: the whole batch
+    lr: Positive = 1e-3                    # eta
+    momentum: Decay = 0.9
+    weight_decay: NotNegative = 5e-4
+    schedule: Literal["constant", "cosine", "step", "warmup_cosine"] = "cosine"
+    precision: Literal["auto", "float32", "bf16", "fp16"] = "auto"
+    # head: fitted to frozen features ("logistic", "lda", "ridge"), or random ("train"; a sparse run
+    # first trains it alone, for head_rounds). Sparse runs freeze it, "probe" trains nothing else.
+    head: Literal["logistic", "lda", "ridge", "train", "probe"] = "logistic"
+    head_rounds: Count = 30
+    head_l2: Positive = 1.0                # penalty on the squared weights, beside a sum over images
+    # mask
+    rule: str | None = None                # a name in RULES; None trains all weights
+    sparsity: Annotated[float, Field(ge=0, le=1)] = 0.9  # s, share of the maskable weights frozen
+    calibration_rounds: Annotated[int, Field(ge=1, lt=10_000)] = 4  # R
+    calibration: Literal["central", "mean", "max", "vote"] = "central"  # or how clients combine
+    calibration_images: Count = 512        # scored in a calibration round, all clients together
+    calibration_clients: Share = 1.0       # share of the clients that score in a calibration round
 
-    def __init__(self, named_params, lr, momentum=0.9, weight_decay=0.0, dampening=0.0,
-                 nesterov=False, mask: Params | None = None):
-        every = dict(named_params)
-        named = {n: p for n, p in every.items() if p.requires_grad}
-        if mask is not None and (wrong := (mask.keys() - every) | (named.keys() - mask)):
-            raise KeyError(f"only one of mask and weights has {sorted(wrong)}")
-        for n in named if mask is not None else ():
-            if mask[n].shape != named[n].shape:
-                raise ValueError(f"the mask of {n} has shape {tuple(mask[n].shape)}, its weight "
-                                 f"{tuple(named[n].shape)}")
-            if mask[n].dtype != torch.bool and not ((mask[n] == 0) | (mask[n] == 1)).all():
-                raise ValueError(f"the mask of {n} has other values than 0 and 1")
-        super().__init__(named.values(), lr, momentum, dampening,
-                         weight_decay if mask is None else 0.0, nesterov, foreach=True)
-        self.decay = weight_decay
-        self.bits = None if mask is None else {p: mask[n].to(_BITS[p.element_size()])
-                                               for n, p in named.items()}
+    def __post_init__(self):
+        known = ["centralized", *ALGORITHMS]
+        if self.algorithm not in known:
+            raise ValueError(f"algorithm={self.algorithm!r} is not one of {known}: import the "
+                             "module that registers it, or call register_algorithm")
+        if self.rule is not None and self.rule not in RULES:
+            raise ValueError(f"rule={self.rule!r} is not one of {list(RULES)}: import the module "
+                             "that registers it, or call register_rule")
+        if self.rule and self.head == "probe":
+            raise ValueError(f"head='probe' trains nothing that rule={self.rule!r} could mask: "
+                             "set rule=None, or another head")
+        if self.classes_per_client and self.dirichlet_alpha:
+            raise ValueError(f"classes_per_client={self.classes_per_client} and dirichlet_alpha="
+                             f"{self.dirichlet_alpha:g} are two kinds of label skew: choose one")
 
-    def step(self, closure=None):
-        loss = closure() if closure else None
-        if self.bits is not None:
-            params = [p for p in self.bits if p.grad is not None]
-            grads = [p.grad for p in params]
-            with torch.no_grad():
-                torch._foreach_add_(grads, params, alpha=self.decay)
-                # by 1 or 0 as whole numbers: a float's zero times NaN would move a frozen weight
-                torch._foreach_mul_([g.view(_BITS[g.element_size()]) for g in grads],
-                                    [self.bits[p] for p in params])
-        super().step()
-        return loss
+    @property
+    def centralized(self) -> bool:
+        return self.algorithm == "centralized"
+
+    @property
+    def length(self) -> int:
+        """Rounds of a federated run, epochs of a centralised one."""
+        return self.num_epochs if self.centralized else self.num_rounds
 
 
-# ------------------------------------------------------------------ sensitivity and masks
-LAYERS = (nn.Linear, nn.Conv2d, nn.LayerNorm)
+_SMALL = dict(
+    weights="mini", arch="mini", image_size=32, batch_size=32, lr=0.1, num_rounds=128,
+    num_epochs=8, eval_every=16, head_rounds=32)
+_DEMO = _SMALL | dict(
+    val_fraction=0.9, eval_images=500, participation=0.04, batch_size=16, lr=0.05, num_rounds=4,
+    num_epochs=2, eval_every=2, head_rounds=4, calibration_images=128)
+PRESETS = {
+    "full": dict(),
+    "lite": dict(image_size=96),
+    "small": _SMALL,
+    "demo": _DEMO,
+}
 
 
-def maskable(model: nn.Module) -> list[str]:
-    """Names of the weights and biases of Linear, Conv2d and LayerNorm layers outside the head."""
-    return [f"{m}.{p}" for m, layer in model.named_modules() if isinstance(layer, LAYERS)
-            and m != "head" for p, _ in layer.named_parameters(recurse=False)]
+def preset(name: str, **changes) -> Config:
+    """The configuration "full", "lite", "small" or "demo", with `changes`.
 
-
-def squared_gradients(layer: nn.Module, x: Tensor, d: Tensor) -> Params:
-    """Squared per-sample gradients of a layer's weight and bias, summed over the batch.
-
-    x is the layer's input and d the objective's gradient with respect to its output, sample first.
-    A sample's weight gradient is the sum of d_t x_t' over positions t, so no loop is needed.
+    full: DINO ViT-S/16 at 224 px. lite: the same at 96 px. small: a ViT of 1.2 M parameters at 32
+    px, for a CPU. demo: the same on a tenth of the images, for minutes; see `or_synthetic` for
+    machines without CIFAR-100. Raises ValueError for another name.
     """
-    if isinstance(layer, nn.Conv2d):
-        x = F.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
-        x, d = x.transpose(1, 2), d.flatten(2).transpose(1, 2)
-    x, d = (t.reshape(len(t), -1, t.shape[-1]) for t in (x, d))
-    if isinstance(layer, nn.LayerNorm):
-        weight = (d * F.layer_norm(x, layer.normalized_shape, eps=layer.eps)).sum(1)
+    if name not in PRESETS:
+        raise ValueError(f"preset {name!r} must be one of {tuple(PRESETS)}")
+    return replace(Config(), **PRESETS[name] | changes)
+
+
+_MASK_FIELDS = {"sparsity", "calibration", "calibration_rounds", "calibration_images",
+                "calibration_clients"}
+_FEDERATED_FIELDS = {"num_clients", "participation", "classes_per_client", "dirichlet_alpha",
+                     "local_steps", "num_rounds"}
+_ALGORITHM_FIELDS = {"prox_mu", "server_lr", "server_momentum"}
+
+
+def _unread_fields(cfg: Config) -> set[str]:
+    """Fields that change nothing in this run: two runs that differ in them alone are one."""
+    unread = {"name", "head_rounds", "head_l2"} | _ALGORITHM_FIELDS
+    if cfg.head in ("logistic", "ridge"):
+        unread -= {"head_l2"}
+    if cfg.head == "train" and cfg.rule:
+        unread -= {"head_rounds"}
+
+    if cfg.centralized:
+        unread |= _FEDERATED_FIELDS
     else:
-        weight = torch.einsum("nto,nti->noi", d, x)
-    return {"weight": weight.square().sum(0).view_as(layer.weight),
-            "bias": d.sum(1).square().sum(0)}
+        unread |= {"num_epochs"}
+        unread -= set(ALGORITHMS[cfg.algorithm].reads)
+
+    if cfg.rule is None:
+        unread |= _MASK_FIELDS
+    elif not RULES[cfg.rule].needs_fisher:
+        unread |= _MASK_FIELDS - {"sparsity"}
+    elif cfg.calibration == "central":
+        unread |= {"calibration_clients"}
+    return unread
 
 
-def sensitivity(model: nn.Module, images: Tensor, labels: Tensor | np.random.Generator,
-                chunk: int = 16, weights: Params | None = None, names=None) -> Params:
-    """Diagonal Fisher information, float64: the sum over samples of (d log p(y|x) / d theta)^2.
+def run_key(cfg: Config) -> dict:
+    """All that decides a run's result: the fields that it reads, and hashes of what they name.
 
-    Iurada et al. 2025, eq. 7. Samples are squared one by one, for a batch's gradient would mix
-    them; `chunk` of them at a time bounds the memory and changes nothing. A generator as `labels`
-    draws them from the model's own distribution. `weights` stand in for the stored ones, which
-    never change. KeyError for `names` that are not of a Linear, Conv2d or LayerNorm, ValueError
-    where images and labels differ in number.
+    Weights in a file are told apart by their content, algorithms and rules that are not built in
+    by their source.
     """
-    if chunk < 1 or not len(images) or isinstance(labels, Tensor) and len(labels) != len(images):
-        raise ValueError(f"{chunk=} must be at least 1, and the {len(images)} images, some, have "
-                         f"as many labels, not {len(labels) if isinstance(labels, Tensor) else 0}")
-    weights = {n: p.detach() for n, p in model.named_parameters()} | (weights or {})
-    total = {n: torch.zeros_like(weights[n], dtype=torch.float64)
-             for n in (maskable(model) if names is None else names)}
-    layers = {m: layer for m, layer in model.named_modules() if isinstance(layer, LAYERS)}
-    if foreign := [n for n in total if n.rpartition(".")[0] not in layers]:
-        raise KeyError(f"{foreign} are not parameters of a Linear, Conv2d or LayerNorm")
+    unread = _unread_fields(cfg)
+    key = {f.name: getattr(cfg, f.name) for f in fields(cfg) if f.name not in unread}
 
-    def watch(m, layer, inputs, output):
-        def score(d):
-            for p, squares in squared_gradients(layer, inputs[0].detach(), d).items():
-                if f"{m}.{p}" in total:
-                    total[f"{m}.{p}"] += squares
-        output.register_hook(score)
+    path = weights_path(cfg.weights)
+    if path is not None:
+        key["weights_sha256"] = file_sha256(path)
+    if not cfg.centralized and ALGORITHMS[cfg.algorithm].__module__ != __name__:
+        key["algorithm_sha256"] = source_sha256(ALGORITHMS[cfg.algorithm])
+    if cfg.rule and RULES[cfg.rule].score.__module__ != __name__:
+        key["rule_sha256"] = source_sha256(RULES[cfg.rule].score)
+    return key
 
-    hooks = [layers[m].register_forward_hook(partial(watch, m)) for m in
-             {n.rpartition(".")[0] for n in total}]
-    model.eval()
+
+def run_name(cfg: Config) -> str:
+    """`cfg.name`, or a legible one that ends in a hash of the key: no two runs share it."""
+    if cfg.name:
+        return cfg.name
+    words = [cfg.algorithm]
+    if not cfg.centralized:
+        words += [sharding_name(cfg), f"J{cfg.local_steps}"]
+    words += [f"{cfg.rule}_{cfg.sparsity:g}" if cfg.rule else "dense"]
+    words += [f"s{cfg.seed}", json_sha256(run_key(cfg))[:8]]
+    return "_".join(words)
+
+
+def sharding_name(cfg: Config) -> str:
+    """How a federated run shares its images out, as part of a file's name."""
+    if cfg.classes_per_client:
+        return f"nc{cfg.classes_per_client}"
+    if cfg.dirichlet_alpha:
+        return f"dir{cfg.dirichlet_alpha:g}"
+    return "iid"
+
+
+def json_sha256(value) -> str:
+    """SHA-256 (hex) of a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def tensors_sha256(params: Params) -> str:
+    """SHA-256 (hex) of named tensors, as float32 on the CPU."""
+    plain = {n: w.detach().float().cpu().contiguous() for n, w in params.items()}
+    return hashlib.sha256(safetensors.torch.save(plain)).hexdigest()
+
+
+def weights_path(weights: str) -> Path | None:
+    """The file that holds the backbone; None for "dino", which timm keeps, and for "none"."""
+    if weights in ("dino", "none"):
+        return None
+    return Path(WEIGHT_FILES.get(weights, weights)).expanduser()
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 (hex) of a file's content; FileNotFoundError where it is not."""
+    if not path.is_file():
+        raise FileNotFoundError(f"there are no weights at {path}: set weights= to 'dino', 'none', "
+                                f"one of {list(WEIGHT_FILES)} or the path of a file")
+    status = path.stat()
+    return _file_sha256(path, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache
+def _file_sha256(path: Path, size: int, mtime: int) -> str:
+    # size and time of change are in the cache's key, so that a file replaced in place is read anew
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def source_sha256(thing: Callable) -> str:
+    """SHA-256 (hex) of the source of a function, or of a class's own methods and constants.
+
+    Comments, docstrings and layout do not count. What the source calls elsewhere does not either:
+    an idea's constants belong inside it. Raises ValueError where no source can be found.
+    """
+    if not inspect.isclass(thing):
+        return hashlib.sha256(_plain_source(thing).encode()).hexdigest()
+    parts = []
+    for base in thing.__mro__:
+        if base is object or base.__module__ == __name__:
+            continue
+        for name, member in sorted(vars(base).items()):
+            if inspect.isfunction(member):
+                parts.append(_plain_source(member))
+            elif not name.startswith("__"):
+                parts.append(f"{name} = {member!r}")
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _plain_source(function: Callable) -> str:
     try:
-        for i in range(0, len(images), chunk):
-            x = prepare(images[i:i + chunk], model).detach().requires_grad_()
-            logp = torch.func.functional_call(model, weights, (x,)).log_softmax(1)
-            y = labels[i:i + chunk] if isinstance(labels, Tensor) else _sample(logp, labels)
-            refuse_labels(y, len(x), logp.shape[1])
-            torch.autograd.grad(logp.gather(1, y[:, None]).sum(), x)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return total
+        return _plain(textwrap.dedent(inspect.getsource(function)))
+    except (OSError, TypeError, SyntaxError) as error:
+        raise ValueError(f"the source of {function!r} cannot be found ({error}): define it by "
+                         "`def` in a cell or a file, on lines of its own") from error
 
 
-def _sample(logp: Tensor, draw: np.random.Generator) -> Tensor:
-    """One label for every row of log-probabilities (n, classes)."""
-    uniform = torch.from_numpy(draw.random((len(logp), 1))).to(logp.device)
-    labels = torch.searchsorted(logp.detach().double().exp().cumsum(1), uniform)[:, 0]
-    return labels.clamp(max=logp.shape[1] - 1)  # the sum may end below 1 by rounding
+def _plain(source: str) -> str:
+    """The code alone: two sources that differ in comments, docstrings and layout are the same."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+        if documented and ast.get_docstring(node) is not None:
+            node.body[0] = ast.Pass()
+    return ast.unparse(tree)
 
 
-def sample_labels(model: nn.Module, images: Tensor, seed: int, batch: int = 500) -> Tensor:
-    """Labels (n,) drawn from the model's own predictive distribution, in eval mode."""
-    draw = rng("labels", seed)
-    model.eval()
-    with torch.no_grad():  # not inference_mode: the labels go into `sensitivity`
-        return torch.cat([_sample(model(prepare(x, model)).log_softmax(1), draw)
-                          for x in images.split(batch)])
+# The code that runs is the code at import: a later edit of the file must not change its hash.
+_SOURCE = Path(__file__).read_text(encoding="utf-8")
+CODE_SHA256 = hashlib.sha256(_plain(_SOURCE).encode()).hexdigest()
 
 
-def lowest(scores: Tensor, k: int, draw: np.random.Generator) -> Tensor:
-    """True at exactly `k` of the lowest of the flat `scores`; ties at the cut are drawn.
+def register_algorithm(name: str, algorithm: type):
+    """Makes `Config(algorithm=name)` train by a subclass of `FedAvg`.
 
-    Raises ValueError for scores that are not numbers. (torch.quantile refuses 2^24 entries.)
+    Registering a name again replaces it: its source is part of a run's key, so that nothing stored
+    is mistaken. Raises ValueError for a built-in name, TypeError for anything but a subclass.
     """
-    if scores.isnan().any():
-        raise ValueError("the scores hold NaN: is the model finite on these images?")
-    if k == 0:
-        return torch.zeros_like(scores, dtype=torch.bool)
-    cut = scores.kthvalue(k).values
-    keep, ties = scores < cut, (scores == cut).nonzero()[:, 0]
-    chosen = draw.permutation(len(ties))[:k - int(keep.sum())]
-    keep[ties[torch.from_numpy(chosen).to(ties.device)]] = True
-    return keep
+    if name in ("centralized", "fedavg"):
+        raise ValueError(f"algorithm {name!r} is built in: choose another name")
+    if not (inspect.isclass(algorithm) and issubclass(algorithm, FedAvg)):
+        raise TypeError(f"algorithm {name!r} must be a subclass of FedAvg, not {algorithm!r}")
+    wrong = set(algorithm.reads) - _ALGORITHM_FIELDS
+    if wrong:
+        raise ValueError(f"algorithm {name!r} reads {sorted(wrong)}, which are not among "
+                         f"{sorted(_ALGORITHM_FIELDS)}: make them constants of the class")
+    source_sha256(algorithm)  # fails here rather than in the middle of a grid
+    ALGORITHMS[name] = algorithm
 
 
-def calibrate_mask(model: nn.Module, images: Tensor | list[Tensor], *, rule: str, sparsity: float,
-                   rounds: int = 4, labels=None, soft: float = 0.1, seed: int = 0, names=None,
-                   combine: str = "mean", participation: float = 1.0, chunk: int = 8) -> Params:
-    """A mask (bool, True = trained) with exactly round((1 - sparsity) * m) of m entries True.
+@dataclass(frozen=True)
+class Rule:
+    """A mask rule: `score(weights, fisher, draw)` gives a score for every weight, by name.
 
-    Sensitivity rules follow Iurada et al. 2025, Algorithm 1: each of `rounds` scores afresh with
-    frozen weights damped by `soft` and labels redrawn (unless given), then cuts further; what is
-    frozen never returns. Lists of images (and labels), a tensor a client, calibrate in federation:
-    a share `participation` of the clients scores, and the server combines by "mean", "max" (of the
-    scores per image) or "vote" (each client's own cut as a bitmap). `names` defaults to `maskable`.
+    The lowest scores stay trainable. `fisher` is None unless `needs_fisher`, in which case the rule
+    is applied in several rounds of calibration; `draw` is a numpy generator for rules with chance.
     """
-    if rule not in RULES or not 0 <= sparsity <= 1 or rounds not in range(1, 10_000) or (
-            combine not in ("mean", "max", "vote")) or not 0 <= soft <= 1:
-        raise ValueError(f"{rule=} must be one of {RULES}, {sparsity=} and {soft=} from 0 to 1, "
-                         f"{rounds=} a number from 1, and {combine=} 'mean', 'max' or 'vote'")
-    every = {n: p.detach() for n, p in model.named_parameters()}
-    weights = {n: every[n] for n in (maskable(model) if names is None else names)}
-    m, draw = sum(w.numel() for w in weights.values()), rng("mask", seed)
-    if rule not in ("least_sensitive", "most_sensitive"):
-        scores = _static_scores(rule, weights, draw)
-        return unflat(lowest(scores, round((1 - sparsity) * m), draw), weights)
-    clients = [images] if isinstance(images, Tensor) else images
-    labels = [labels] if isinstance(images, Tensor) else labels or [None] * len(clients)
-    if len(labels) != len(clients) or not len(images):
-        raise ValueError(f"{len(clients)} clients with {len(images)} images or parts of them have "
-                         f"{len(labels)} lists of labels: as many, and some images, are needed")
-    sign = 1 if rule == "least_sensitive" else -1
-    active = torch.ones_like(flat(weights), dtype=torch.bool)
-    for r in range(1, rounds + 1):
-        keep, fresh, total = round((1 - sparsity) ** (r / rounds) * m), rng("labels", seed, r), None
-        damped = {n: torch.where(c, weights[n], soft * weights[n])
-                  for n, c in unflat(active, weights).items()}
-        for k in np.sort(cohort(len(clients), participation, "scorers", seed, r)):
-            y = fresh if labels[k] is None else labels[k]
-            score = flat(sensitivity(model, clients[k], y, chunk, damped, names)).mul_(sign)
-            if combine == "vote":
-                score = -lowest(score.masked_fill_(~active, math.inf), keep, draw).double()
-            if combine == "max":
-                score = score.div_(len(clients[k]))
-                total = score if total is None else sign * torch.maximum(sign * total, sign * score)
-            else:
-                total = score if total is None else total.add_(score)
-        active = lowest(total.masked_fill_(~active, math.inf), keep, draw)
-    return unflat(active, weights)
+    score: Callable[[Params, Params | None, np.random.Generator], Params]
+    needs_fisher: bool = False
 
 
-def _static_scores(rule: str, weights: Params, draw: np.random.Generator) -> Tensor:
-    """Scores of the rules that look at no data; the lowest are left free."""
-    if "magnitude" in rule:
-        return flat(weights).abs() * (1 if rule == "lowest_magnitude" else -1)
-    scores = torch.from_numpy(draw.random(sum(w.numel() for w in weights.values())))
-    scores = scores.to(flat(weights).device)
-    if rule == "query_key":  # all other entries come after, should the budget reach them
-        for n, part in unflat(scores, weights).items():
-            part += 1
-            if ".qkv." in n:
-                part[:len(part) // 3 * 2] -= 1
-    return scores
+_BUILT_IN_RULES = ("least_sensitive", "most_sensitive", "lowest_magnitude", "highest_magnitude",
+                   "random", "query_key")
 
 
-def composition(mask: Params) -> dict[str, list[int]]:
-    """[free, all] entries of a ViT's mask per kind of layer; query, key and value apart."""
-    counts = {}
-    for n, c in mask.items():
-        kind = re.sub(r"^blocks\.\d+\.", "", n)
-        qkv = zip(("query", "key", "value"), c.chunk(3), strict=True)
-        parts = qkv if ".qkv." in n else [("qkv", c)]
-        for part, entries in parts:
-            old = counts.get(name := kind.replace("qkv", part), (0, 0))
-            counts[name] = [old[0] + int(entries.sum()), old[1] + entries.numel()]
-    return counts
+def register_rule(name: str, score: Callable, needs_fisher: bool = False):
+    """Makes `Config(rule=name)` train the weights that `score` gives the lowest scores; see `Rule`.
+
+    Raises ValueError for a built-in name and where the source of `score` cannot be found.
+    """
+    if name in _BUILT_IN_RULES and score.__module__ != __name__:
+        raise ValueError(f"rule {name!r} is built in: choose another name")
+    if score.__module__ != __name__:
+        source_sha256(score)
+    RULES[name] = Rule(score, needs_fisher)
+
+
+# ------------------------------------------------------------------ randomness
+STREAMS = ("split", "shards", "cohort", "client", "epoch", "mask", "labels", "init", "synthetic",
+           "scorers")
+
+
+def rng(stream: str, *key: int) -> np.random.Generator:
+    """Draws that depend on the arguments alone, so that no generator's state is ever stored."""
+    if stream not in STREAMS or any(k < 0 for k in key):
+        raise ValueError(f"{stream=} is not in {STREAMS}, or its {key=} is negative")
+    # The stream's number leads because numpy drops trailing zeros: (7, 3) and (7, 3, 0) draw alike.
+    return np.random.default_rng((STREAMS.index(stream), *key))
+
+
+# ------------------------------------------------------------------ data and shards
+@dataclass(frozen=True)
+class Data:
+    """A data set on the device.
+
+    Images are uint8 (n, 3, 32, 32) and labels int64 (n,). `train` and `val` are int64 indices of
+    the official training set. Floating-point images count as ready for the model.
+    """
+    images: Tensor
+    labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+    train: np.ndarray
+    val: np.ndarray
+
+
+def split(labels: np.ndarray, val_fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Indices (train, val) of `labels` (n,): val holds round(val_fraction * n_c) of every class c.
+
+    Raises ValueError where a class would be left without a training or a validation image.
+    """
+    if np.ndim(labels) != 1 or len(labels) == 0 or not 0 < val_fraction < 1:
+        raise ValueError(f"{val_fraction=} must lie between 0 and 1, and labels of shape "
+                         f"{np.shape(labels)} be a list of some")
+    draw = rng("split", seed)
+    train, val = [], []
+    for c in np.unique(labels):
+        members = draw.permutation(np.flatnonzero(labels == c))
+        cut = round(val_fraction * len(members))
+        if not 0 < cut < len(members):
+            raise ValueError(f"{val_fraction=} puts {cut} of the {len(members)} images of class "
+                             f"{c} in validation: both parts need at least one")
+        train.append(members[cut:])
+        val.append(members[:cut])
+    return np.sort(np.concatenate(train)), np.sort(np.concatenate(val))
+
+
+def shard(labels: np.ndarray, num_clients: int, classes_per_client: int | None = None,
+          seed: int = 0, dirichlet_alpha: float | None = None) -> list[np.ndarray]:
+    """Split the indices of `labels` (n,) into `num_clients` disjoint int64 arrays that cover all n.
+
+    With `classes_per_client` = Nc each client holds exactly Nc classes, and a class is dealt out
+    evenly among its owners (label skew, McMahan et al. 2017, sec. 3). With `dirichlet_alpha` each
+    client draws its class distribution (Hsu et al. 2019, sec. 3.1). With neither, IID.
+    Raises ValueError where the numbers leave a class without a client or a client without images.
+    """
+    labels = np.asarray(labels)
+    for number in (num_clients, classes_per_client):
+        if not isinstance(number, int | np.integer | None):
+            raise TypeError(f"{num_clients=} and {classes_per_client=} must be whole numbers")
+    if labels.ndim != 1 or not 1 <= num_clients <= len(labels):
+        raise ValueError(f"{num_clients=} must be 1 to the number of images, and labels of shape "
+                         f"{labels.shape} have one dimension")
+
+    draw = rng("shards", seed)
+    if classes_per_client is not None and dirichlet_alpha is not None:
+        raise ValueError(f"{classes_per_client=} and {dirichlet_alpha=}: choose one")
+    if classes_per_client is not None:
+        return _shard_by_classes(labels, num_clients, classes_per_client, draw)
+    if dirichlet_alpha is not None:
+        return _shard_by_dirichlet(labels, num_clients, dirichlet_alpha, draw)
+    return np.array_split(draw.permutation(len(labels)), num_clients)
+
+
+def _shard_by_classes(labels: np.ndarray, num_clients: int, classes_per_client: int,
+                      draw: np.random.Generator) -> list[np.ndarray]:
+    classes, counts = np.unique(labels, return_counts=True)
+    n = len(classes)
+    if not 1 <= classes_per_client <= n or num_clients * classes_per_client < n:
+        raise ValueError(f"{num_clients=} with {classes_per_client=} cannot hold {n} classes: Nc "
+                         f"must be 1 to {n}, and K*Nc at least {n}")
+
+    # Each client takes the classes that have the fewest owners so far, ties drawn.
+    owned = np.zeros((num_clients, n), bool)
+    for k in range(num_clients):
+        fewest_first = np.lexsort((draw.random(n), owned.sum(0)))
+        owned[k, fewest_first[:classes_per_client]] = True
+
+    shards = [[] for _ in range(num_clients)]
+    for c, count in enumerate(counts):
+        owners = draw.permutation(np.flatnonzero(owned[:, c]))
+        if len(owners) > count:
+            raise ValueError(f"{num_clients=} with {classes_per_client=} makes {len(owners)} "
+                             f"clients share the {count} images of class {classes[c]}: lower one "
+                             "of them")
+        members = draw.permutation(np.flatnonzero(labels == classes[c]))
+        for k, part in zip(owners, np.array_split(members, len(owners)), strict=True):
+            shards[k].append(part)
+    return [np.concatenate(parts) for parts in shards]
+
+
+def _shard_by_dirichlet(labels: np.ndarray, num_clients: int, alpha: float,
+                        draw: np.random.Generator) -> list[np.ndarray]:
+    if not 0 < alpha < math.inf:
+        raise ValueError(f"dirichlet_alpha={alpha} must be positive and finite")
+    classes, counts = np.unique(labels, return_counts=True)
+    members = [draw.permutation(np.flatnonzero(labels == c)).tolist() for c in classes]
+    left = counts.copy()
+    sizes = [len(part) for part in np.array_split(labels, num_clients)]
+
+    shards = []
+    for size in sizes:
+        wanted = draw.dirichlet(alpha * counts / len(labels))
+        shard_ = []
+        while len(shard_) < size:
+            # A class that is used up leaves its share to the others; if all that the client wanted
+            # are, it takes what is there.
+            share = np.where(left > 0, wanted, 0)
+            if share.sum() <= 0:
+                share = left.astype(float)
+            asked = draw.multinomial(size - len(shard_), share / share.sum())
+            for c, number in enumerate(np.minimum(asked, left)):
+                shard_ += [members[c].pop() for _ in range(number)]
+                left[c] -= number
+        shards.append(np.array(shard_, dtype=np.int64))
+    return shards
+
+
+def cohort_size(num_clients: int, share: float) -> int:
+    """The nearest whole number to share * K, at least one client."""
+    if not 0 < share <= 1:
+        raise ValueError(f"{share=} of the clients must lie between 0 and 1")
+    return max(1, round(share * num_clients))
+
+
+def cohort(num_clients: int, share: float, *key) -> np.ndarray:
+    """`cohort_size` clients without replacement, drawn from (stream, seed, round)."""
+    return rng(*key).choice(num_clients, cohort_size(num_clients, share), replace=False)
+
+
+def augment(images: Tensor, draw: np.random.Generator, kind: str = "flip", pad: int = 4) -> Tensor:
+    """Images (n, 3, h, w) as a training step sees them, all at once.
+
+    "none" leaves them; "flip" mirrors each with probability one half; "crop_flip" first moves each
+    by up to `pad` pixels, which brings black borders in. Raises ValueError for another kind.
+    """
+    if kind not in ("none", "flip", "crop_flip"):
+        raise ValueError(f"augmentation {kind!r} must be 'none', 'flip' or 'crop_flip'")
+    if kind == "none":
+        return images
+    n, channels, height, width = images.shape
+    moves = pad if kind == "crop_flip" else 0
+    top, left = draw.integers(0, 2 * moves + 1, (2, n, 1))
+    flipped = draw.random((n, 1)) < 0.5
+
+    # One gather crops and flips: which pixel of the padded image goes to each place.
+    rows = top + np.arange(height)
+    columns = left + np.arange(width)
+    columns = np.where(flipped, columns[:, ::-1], columns)
+    index = rows[:, :, None] * (width + 2 * moves) + columns[:, None, :]
+    index = torch.from_numpy(index).to(images.device, non_blocking=True).view(n, 1, -1)
+    padded = F.pad(images, (moves,) * 4).flatten(2)
+    return padded.gather(2, index.expand(-1, channels, -1)).view_as(images)
+
+
+def normalize(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """uint8 images (n, 3, h, w) as a backbone's input: normalised floats of `size` pixels.
+
+    Floating-point images count as ready and come back as they are.
+    """
+    if images.is_floating_point():
+        return images
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"images of shape {tuple(images.shape)} and type {images.dtype} must be "
+                         "uint8 (n, 3, height, width)")
+    mean, std = _imagenet_statistics(images.device)
+    x = images.float().div_(255)
+    if x.shape[2:] != size:
+        x = F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+    return x.sub_(mean).div_(std)
+
+
+@lru_cache
+def _imagenet_statistics(where: torch.device) -> list[Tensor]:
+    # ImageNet's, not CIFAR-100's: the backbones were trained with them
+    values = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    return [torch.tensor(v, device=where).view(1, 3, 1, 1) for v in values]
+
+
+def model_input(images: Tensor, model: nn.Module) -> Tensor:
+    """`normalize` at the model's own image size; features for a bare head come back as they are."""
+    if images.is_floating_point():
+        return images
+    return normalize(images, model.patch_embed.img_size)
 
 
 # ------------------------------------------------------------------ task vectors
+def flatten(params: Params) -> Tensor:
+    """All entries in one vector, in the order of the dict."""
+    return torch.cat([p.flatten() for p in params.values()])
+
+
+def unflatten(vector: Tensor, like: Params) -> Params:
+    """The inverse of `flatten`, with the names and shapes of `like`."""
+    parts = vector.split([p.numel() for p in like.values()])
+    return {n: part.view_as(p) for (n, p), part in zip(like.items(), parts, strict=True)}
+
+
 def add(a: Params, b: Params) -> Params:
     """Sum of two task vectors; KeyError unless both name the same weights, in the same shapes."""
-    if wrong := [n for n in a.keys() | b.keys()
-                 if n not in a or n not in b or a[n].shape != b[n].shape]:
+    wrong = [n for n in a.keys() | b.keys()
+             if n not in a or n not in b or a[n].shape != b[n].shape]
+    if wrong:
         raise KeyError(f"only one of the two has {sorted(wrong)} in its shape")
     return {n: a[n] + b[n] for n in a}
 
 
 def scale(vector: Params, alpha: float) -> Params:
+    """alpha * vector."""
     return {n: alpha * v for n, v in vector.items()}
 
 
 def negate(vector: Params) -> Params:
+    """-vector: applied, it unlearns (Ilharco et al. 2023)."""
     return scale(vector, -1)
 
 
@@ -278,423 +631,1701 @@ def apply_vector(start: Params, vector: Params, alpha: float = 1.0) -> Params:
     return add(start, scale(vector, alpha))
 
 
-# ------------------------------------------------------------------ federated averaging
+def squared_norm(params: Params) -> Tensor:
+    """Sum of squares of all entries, a scalar on their device."""
+    # Summed tensor by tensor: one that is all zeros then changes no bit of the sum.
+    return sum(p.float().square().sum() for p in params.values())
+
+
+# ------------------------------------------------------------------ SparseSGDM
+def decay_and_mask_(gradient: Tensor, weight: Tensor, mask: Tensor, weight_decay: float):
+    """gradient <- mask * (gradient + weight_decay * weight), in place.
+
+    The mask comes after the decay: masking the raw gradient alone would let frozen weights decay.
+    """
+    gradient.add_(weight, alpha=weight_decay)
+    # Filled rather than multiplied: zero times NaN would move a frozen weight.
+    gradient.masked_fill_(~mask, 0)
+
+
+class SparseSGDM(torch.optim.SGD):
+    """SGD with momentum that moves only entries whose mask is True; without one, torch.optim.SGD.
+
+    The mask is keyed by parameter name and must have every parameter that requires a gradient: else
+    KeyError, or ValueError for another shape or for values that are not 0 and 1. `step` leaves the
+    decayed, masked gradient in `.grad`. Frozen entries stay frozen whatever state is loaded, for
+    their momentum is cleared. Clip gradients, if at all, after masking them.
+    """
+
+    def __init__(self, named_params, lr: float, momentum: float = 0.9, weight_decay: float = 0.0,
+                 dampening: float = 0.0, nesterov: bool = False, mask: Params | None = None):
+        every = dict(named_params)
+        named = {n: p for n, p in every.items() if p.requires_grad}
+        if mask is not None:
+            _check_mask(mask, every, named)
+        super().__init__(named.values(), lr, momentum, dampening, weight_decay, nesterov,
+                         foreach=True)
+        self.mask = None if mask is None else {p: mask[n].bool() for n, p in named.items()}
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        if self.mask is None:
+            return super().step(closure)
+        with torch.enable_grad():
+            loss = closure() if closure else None
+
+        decays = [group["weight_decay"] for group in self.param_groups]
+        for group, decay in zip(self.param_groups, decays, strict=True):
+            for p in group["params"]:
+                if p.grad is not None:
+                    decay_and_mask_(p.grad, p, self.mask[p], decay)
+            group["weight_decay"] = 0.0  # or torch would decay again, frozen weights too
+        super().step()
+        for group, decay in zip(self.param_groups, decays, strict=True):
+            group["weight_decay"] = decay
+        return loss
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict):
+        super().load_state_dict(state_dict)
+        for p, mask in (self.mask or {}).items():
+            buffer = self.state[p].get("momentum_buffer")
+            if buffer is not None:
+                buffer.masked_fill_(~mask, 0)
+
+
+def _check_mask(mask: Params, every: Params, named: Params):
+    wrong = (mask.keys() - every) | (named.keys() - mask)
+    if wrong:
+        raise KeyError(f"only one of mask and weights has {sorted(wrong)}")
+    for n, p in named.items():
+        if mask[n].shape != p.shape:
+            raise ValueError(f"the mask of {n} has shape {tuple(mask[n].shape)}, its weight "
+                             f"{tuple(p.shape)}")
+        if mask[n].dtype != torch.bool and not ((mask[n] == 0) | (mask[n] == 1)).all():
+            raise ValueError(f"the mask of {n} has other values than 0 and 1")
+
+
+# ------------------------------------------------------------------ sensitivity
+LAYERS = (nn.Linear, nn.Conv2d, nn.LayerNorm)
+
+
+def maskable(model: nn.Module) -> Params:
+    """Weights and biases of Linear, Conv2d and LayerNorm layers outside the head, detached."""
+    found = {}
+    for module, layer in model.named_modules():
+        if isinstance(layer, LAYERS) and module != "head":
+            for name, p in layer.named_parameters(recurse=False):
+                found[f"{module}.{name}"] = p.detach()
+    return found
+
+
+def squared_gradients(layer: nn.Module, x: Tensor, d: Tensor) -> Params:
+    """Squared per-sample gradients of a layer's weight and bias, summed over the batch.
+
+    x is the layer's input and d the objective's gradient with respect to its output, both with the
+    sample first. A sample's weight gradient is the sum of d_t x_t' over its positions t.
+    """
+    if isinstance(layer, nn.Conv2d):
+        x = F.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
+        x = x.transpose(1, 2)
+        d = d.flatten(2).transpose(1, 2)
+    x = x.reshape(len(x), -1, x.shape[-1])
+    d = d.reshape(len(d), -1, d.shape[-1])
+
+    if isinstance(layer, nn.LayerNorm):
+        normalized = F.layer_norm(x, layer.normalized_shape, eps=layer.eps)
+        weight = (d * normalized).sum(1)
+    else:
+        weight = torch.einsum("nto,nti->noi", d, x)
+    return {"weight": weight.square().sum(0).view_as(layer.weight),
+            "bias": d.sum(1).square().sum(0)}
+
+
+def sensitivity(model: nn.Module, images: Tensor, labels: Tensor | np.random.Generator,
+                chunk: int = 16, weights: Params | None = None, names=None) -> Params:
+    """Diagonal Fisher information, float64: the sum over samples of (d log p(y|x) / d theta)^2.
+
+    Iurada et al. 2025, eq. 7. Samples are squared one by one, for a batch's gradient would mix
+    them; `chunk` of them at a time bounds the memory and changes nothing else. A generator as
+    `labels` draws them from the model's own distribution. `weights` stand in for the stored ones,
+    which never change. `names` defaults to the maskable weights.
+    Raises KeyError for `names` that are not of a Linear, Conv2d or LayerNorm, ValueError where
+    images and labels differ in number.
+    """
+    if chunk < 1 or not len(images):
+        raise ValueError(f"{chunk=} and the number of images, {len(images)}, must be at least 1")
+    stored = {n: p.detach() for n, p in model.named_parameters()}
+    names = list(maskable(model) if names is None else names)
+    layers = {m: layer for m, layer in model.named_modules() if isinstance(layer, LAYERS)}
+    foreign = [n for n in names if n.rpartition(".")[0] not in layers]
+    if foreign:
+        raise KeyError(f"{foreign} are not parameters of a Linear, Conv2d or LayerNorm")
+    total = {n: torch.zeros_like(stored[n], dtype=torch.float64, device=precise_device(images))
+             for n in names}
+
+    def score_when_backward(module, layer, inputs, output):
+        def accumulate(d):
+            for p, squares in squared_gradients(layer, inputs[0].detach(), d).items():
+                if f"{module}.{p}" in total:
+                    total[f"{module}.{p}"] += squares.to(precise_device(squares))
+        output.register_hook(accumulate)
+
+    scored = {n.rpartition(".")[0] for n in names}
+    hooks = [layers[m].register_forward_hook(partial(score_when_backward, m)) for m in scored]
+    model.eval()
+    try:
+        for i in range(0, len(images), chunk):
+            x = model_input(images[i:i + chunk], model).detach().requires_grad_()
+            logits = torch.func.functional_call(model, stored | (weights or {}), (x,))
+            log_p = logits.log_softmax(1)
+            y = labels[i:i + chunk] if isinstance(labels, Tensor) else _draw_labels(log_p, labels)
+            check_labels(y, len(x), log_p.shape[1])
+            torch.autograd.grad(log_p.gather(1, y[:, None]).sum(), x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return total
+
+
+def precise_device(tensor: Tensor) -> torch.device:
+    """Where float64 sums over a tensor are kept: its own device, or the CPU for Apple's GPUs."""
+    return torch.device("cpu") if tensor.device.type == "mps" else tensor.device
+
+
+def _draw_labels(log_p: Tensor, draw: np.random.Generator) -> Tensor:
+    """One label for every row of log-probabilities (n, classes)."""
+    p = log_p.detach().to(precise_device(log_p)).double().exp()
+    uniform = torch.from_numpy(draw.random((len(p), 1))).to(p.device)
+    labels = torch.searchsorted(p.cumsum(1), uniform)[:, 0]
+    # the sum may end below 1 by rounding
+    return labels.clamp(max=p.shape[1] - 1).to(log_p.device)
+
+
+def sample_labels(model: nn.Module, images: Tensor, seed: int, batch: int = 500) -> Tensor:
+    """Labels (n,) drawn from the model's own predictive distribution, in eval mode."""
+    draw = rng("labels", seed)
+    model.eval()
+    with torch.no_grad():
+        parts = [_draw_labels(model(model_input(x, model)).log_softmax(1), draw)
+                 for x in images.split(batch)]
+    return torch.cat(parts)
+
+
+def check_labels(labels: Tensor, n: int, num_classes: int):
+    """ValueError unless there are n labels, n at least 1, all of them 0 to num_classes - 1."""
+    if len(labels) != n or not n:
+        raise ValueError(f"{n} images have {len(labels)} labels: they must be as many, and some")
+    if labels.min() < 0 or labels.max() >= num_classes:
+        raise ValueError(f"labels from {labels.min()} to {labels.max()} must be 0 to "
+                         f"{num_classes - 1}")
+
+
+# ------------------------------------------------------------------ masks
+def select_lowest(scores: Tensor, k: int, draw: np.random.Generator) -> Tensor:
+    """True at exactly `k` of the lowest of the flat `scores`; ties at the cut are drawn.
+
+    Raises ValueError for scores that are not numbers.
+    """
+    if scores.isnan().any():
+        raise ValueError("the scores hold NaN: is the model finite on these images?")
+    if k == 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    cut = scores.kthvalue(k).values  # torch.quantile refuses more than 2^24 entries
+    lowest = scores < cut
+    ties = (scores == cut).nonzero()[:, 0]
+    chosen = draw.permutation(len(ties))[:k - int(lowest.sum())]
+    lowest[ties[torch.from_numpy(chosen).to(ties.device)]] = True
+    return lowest
+
+
+def _least_sensitive(weights, fisher, draw):
+    return fisher
+
+
+def _most_sensitive(weights, fisher, draw):
+    return negate(fisher)
+
+
+def _lowest_magnitude(weights, fisher, draw):
+    return {n: w.abs() for n, w in weights.items()}
+
+
+def _highest_magnitude(weights, fisher, draw):
+    return {n: -w.abs() for n, w in weights.items()}
+
+
+def _random(weights, fisher, draw):
+    scores = torch.from_numpy(draw.random(sum(w.numel() for w in weights.values())))
+    return unflatten(scores, weights)
+
+
+def _query_key(weights, fisher, draw):
+    """Random entries of the query and key projections; others only where these do not suffice."""
+    scores = _random(weights, fisher, draw)
+    for n, part in scores.items():
+        queries_and_keys = len(part) // 3 * 2 if ".qkv." in n else 0
+        part[queries_and_keys:] += 1
+    return scores
+
+
+register_rule("least_sensitive", _least_sensitive, needs_fisher=True)
+register_rule("most_sensitive", _most_sensitive, needs_fisher=True)
+register_rule("lowest_magnitude", _lowest_magnitude)
+register_rule("highest_magnitude", _highest_magnitude)
+register_rule("random", _random)
+register_rule("query_key", _query_key)
+
+
+def calibrate_mask(model: nn.Module, images: Tensor | list[Tensor], *, rule: str, sparsity: float,
+                   rounds: int = 4, labels=None, damping: float = 0.1, seed: int = 0,
+                   combine: str = "mean", participation: float = 1.0, chunk: int = 8) -> Params:
+    """A mask (bool, True = trainable) with exactly round((1 - sparsity) * m) of m entries True.
+
+    Rules on the Fisher information follow Iurada et al. 2025, Algorithm 1: each of `rounds` scores
+    afresh, with frozen weights multiplied by `damping` and labels redrawn unless given, then cuts
+    further; what is frozen never returns. Other rules cut once. Lists of images (and labels), a
+    tensor a client, calibrate in federation: a share `participation` of the clients scores, and the
+    server combines by "mean", "max" (both of the scores per image) or "vote" (each client's own cut
+    as a bitmap). Raises ValueError for numbers out of range.
+    """
+    if rule not in RULES:
+        raise ValueError(f"{rule=} must be one of {list(RULES)}")
+    if not 0 <= sparsity <= 1 or not 0 <= damping <= 1 or rounds not in range(1, 10_000):
+        raise ValueError(f"{sparsity=} and {damping=} must lie between 0 and 1, {rounds=} be a "
+                         "number from 1")
+    if combine not in ("mean", "max", "vote"):
+        raise ValueError(f"{combine=} must be 'mean', 'max' or 'vote'")
+    weights = maskable(model)
+    draw = rng("mask", seed)
+    if not RULES[rule].needs_fisher:
+        keep = round((1 - sparsity) * flatten(weights).numel())
+        scores = _checked_scores(rule, weights, None, draw)
+        return unflatten(select_lowest(scores, keep, draw), weights)
+
+    clients = [images] if isinstance(images, Tensor) else images
+    labels = [labels] if isinstance(images, Tensor) else labels or [None] * len(clients)
+    if len(labels) != len(clients) or not len(images):
+        raise ValueError(f"{len(clients)} clients with images have {len(labels)} lists of labels: "
+                         "as many, and some images, are needed")
+
+    active = torch.ones_like(flatten(weights), dtype=torch.bool)
+    for r in range(1, rounds + 1):
+        keep = round((1 - sparsity) ** (r / rounds) * len(active))
+        # Without damping, deterministic scores would make every round after the first idle.
+        damped = {n: torch.where(mask, weights[n], damping * weights[n])
+                  for n, mask in unflatten(active, weights).items()}
+        scorers = np.sort(cohort(len(clients), participation, "scorers", seed, r))
+        fresh = rng("labels", seed, r)
+        fishers = ((len(clients[k]), sensitivity(
+            model, clients[k], fresh if labels[k] is None else labels[k], chunk, damped))
+            for k in scorers)
+        scores = _combined_scores(rule, weights, fishers, combine, active, keep, draw)
+        active = select_lowest(scores.masked_fill(~active, math.inf), keep, draw)
+    return unflatten(active.to(flatten(weights).device), weights)
+
+
+def _combined_scores(rule: str, weights: Params, fishers: Iterable[tuple[int, Params]],
+                     combine: str, active: Tensor, keep: int, draw) -> Tensor:
+    """One flat score a weight, from each client's number of images and Fisher information."""
+    total = None
+    for number, fisher in fishers:
+        if combine == "vote":
+            scores = _checked_scores(rule, weights, fisher, draw)
+            scores = scores.masked_fill(~active.to(scores.device), math.inf)
+            part = -select_lowest(scores, keep, draw).double()
+        elif combine == "max":
+            part = flatten(fisher) / number
+        else:
+            part = flatten(fisher)
+
+        if total is None:
+            total = part
+        elif combine == "max":
+            total = torch.maximum(total, part)
+        else:
+            total += part
+    if combine == "vote":
+        return total
+    return _checked_scores(rule, weights, unflatten(total, weights), draw)
+
+
+def _checked_scores(rule: str, weights: Params, fisher: Params | None, draw) -> Tensor:
+    scores = RULES[rule].score(weights, fisher, draw)
+    check_layout(f"rule {rule!r}: its scores", scores, weights)
+    return flatten({n: scores[n].to(weights[n].device) for n in weights})
+
+
+def check_layout(what: str, found: Params, like: Params):
+    """ValueError unless `found` is a dict with the names and shapes of `like`."""
+    if not isinstance(found, dict):
+        raise ValueError(f"{what} must be a dict by weight, not {type(found).__name__}")
+    wrong = {n for n in found.keys() | like.keys() if n not in found or n not in like}
+    wrong |= {n for n in found.keys() & like.keys()
+              if getattr(found[n], "shape", None) != like[n].shape}
+    if wrong:
+        shapes = {n: tuple(getattr(p.get(n), "shape", ())) if n in p else "missing"
+                  for n in sorted(wrong)[:3] for p in [found]}
+        wanted = {n: tuple(like[n].shape) if n in like else "unknown" for n in sorted(wrong)[:3]}
+        raise ValueError(f"{what} must have the names and shapes of the weights: {len(wrong)} "
+                         f"differ, such as {shapes} where {wanted} is needed")
+
+
+def trainable_per_layer(mask: Params) -> dict[str, list[int]]:
+    """[trainable, all] entries of a ViT's mask per kind of layer; query, key and value apart."""
+    counts = {}
+    for n, entries in mask.items():
+        kind = re.sub(r"^blocks\.\d+\.", "", n)
+        parts = {kind: entries}
+        if ".qkv." in n:
+            names = [kind.replace("qkv", part) for part in ("query", "key", "value")]
+            parts = dict(zip(names, entries.chunk(3), strict=True))
+        for name, part in parts.items():
+            trainable, total = counts.get(name, (0, 0))
+            counts[name] = [trainable + int(part.sum()), total + part.numel()]
+    return counts
+
+
+# ------------------------------------------------------------------ one local step
+def learning_rate(cfg: Config, progress: float) -> float:
+    """The rate at `progress` in [0, 1) of the run: a pure function, so resuming cannot bend it."""
+    if cfg.schedule == "cosine":
+        return cfg.lr * 0.5 * (1 + math.cos(math.pi * progress))
+    if cfg.schedule == "step":  # a tenth after half, a hundredth after three quarters
+        return cfg.lr * 0.1 ** ((progress >= 0.5) + (progress >= 0.75))
+    if cfg.schedule == "warmup_cosine" and progress < 0.1:
+        return cfg.lr * (0.05 + 9.5 * progress)  # a rate of zero would waste the first round
+    if cfg.schedule == "warmup_cosine":
+        return cfg.lr * 0.5 * (1 + math.cos(math.pi * (progress - 0.1) / 0.9))
+    return cfg.lr
+
+
+def precision_name(cfg: Config, where: torch.device) -> str:
+    """"float32", "bf16" or "fp16": what "auto" means on this device."""
+    if cfg.precision != "auto":
+        return cfg.precision
+    if where.type != "cuda":
+        return "float32"
+    return "bf16" if torch.cuda.get_device_capability(where) >= (8, 0) else "fp16"
+
+
+def autocast(cfg: Config, where: torch.device):
+    """The context in which a model runs at the run's precision."""
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    dtype = dtypes.get(precision_name(cfg, where))
+    return torch.autocast(where.type, dtype) if dtype else nullcontext()
+
+
 @dataclass(frozen=True)
 class Run:
     """All that a run reads and never changes, and the model whose tensors it trains in place."""
     cfg: Config
     data: Data
     model: nn.Module
-    trained: Params              # the model's own tensors that require gradients
-    mask: Params | None
-    shards: list[np.ndarray]     # indices of data.images
-    facts: dict                  # provenance, for the stored result
-
-    @cached_property
-    def free(self) -> int:
-        """Entries that are trained, and so travel."""
-        return sum(int(c.sum()) for c in self.mask.values()) if self.mask else sum(
-            p.numel() for p in self.trained.values())
-
-    @cached_property
-    def _optimizer(self) -> SparseSGDM:
-        return SparseSGDM(self.trained.items(), self.cfg.lr, self.cfg.momentum,
-                          self.cfg.weight_decay, mask=self.mask)
-
-    def optimizer(self, lr: float) -> SparseSGDM:
-        """Fresh momentum; the mask is checked and laid out once for all clients and rounds."""
-        self._optimizer.state.clear()
-        self._optimizer.param_groups[0]["lr"] = lr
-        return self._optimizer
-
-    def vector(self, server: Params) -> Params:
-        """The task vector of the weights that the model holds."""
-        return task_vector({n: p.detach() for n, p in self.trained.items()}, server)
+    trainable: Params            # the model's own parameters that require gradients
+    mask: Params | None          # of every maskable weight, True = trainable
+    shards: list[np.ndarray]     # indices of data.images, an array a client
+    algorithm: "FedAvg"
+    optimizer: SparseSGDM
+    provenance: dict             # of the backbone and the mask, for the stored result
 
     def load(self, params: Params):
-        torch._foreach_copy_([p.data for p in self.trained.values()],
-                             [params[n] for n in self.trained])
+        """Copies weights into the model."""
+        with torch.no_grad():
+            for n, p in self.trainable.items():
+                p.copy_(params[n])
+
+    def weights(self) -> Params:
+        """The model's trained weights, sharing its memory."""
+        return {n: p.detach() for n, p in self.trainable.items()}
+
+    def fresh_optimizer(self, lr: float) -> SparseSGDM:
+        """The optimizer without momentum; one for all clients, so that masks are laid out once."""
+        self.optimizer.state.clear()
+        self.optimizer.param_groups[0]["lr"] = lr
+        return self.optimizer
+
+    def num_trainable(self) -> int:
+        """Entries that are trained, and so travel."""
+        if self.mask is None:
+            return sum(p.numel() for p in self.trainable.values())
+        return sum(int(entries.sum()) for entries in self.mask.values())
 
 
-def batches(run: Run, order: np.ndarray, draw: np.random.Generator):
-    """The images of `order` (indices) in augmented batches of B, with their labels."""
-    index = torch.from_numpy(order).to(run.data.images.device, non_blocking=True)
-    for i in range(0, len(order), run.cfg.batch_size):
-        batch = index[i:i + run.cfg.batch_size]
-        yield augment(run.data.images[batch], draw), run.data.labels[batch]
+def local_step(run: Run, optimizer: SparseSGDM, images: Tensor, labels: Tensor,
+               adjust: Callable[[Params], None] | None = None) -> Tensor:
+    """One SGDM step on a batch; its mean loss, left on the device.
 
-
-def sgd_step(run: Run, opt: SparseSGDM, images: Tensor, labels: Tensor, adjust=None) -> Tensor:
-    """One SGDM step; the loss stays on the device. `adjust` may change the gradients first.
-
-    Where the GPU's memory is too small for the batch, its gradient is summed over smaller parts.
+    `adjust` may change the gradients, by name and in place, before the mask is applied. The batch
+    is computed in parts of `micro_batch` images, whose gradients are summed.
     """
-    context, loss_scale = precision(run.cfg)
-    parts, loss = run.facts.get("batch_parts", 1), 0.0
-    size = -(-len(images) // parts)
-    opt.zero_grad()
+    cfg = run.cfg
+    where = images.device
+    # Small gradients vanish in fp16. The scale is constant, so that there is none to store.
+    loss_scale = 1024 if precision_name(cfg, where) == "fp16" else 1
+    part_size = cfg.micro_batch or len(images)
+    loss = torch.zeros((), device=where)
+
+    optimizer.zero_grad()
     try:
-        for x, y in zip(images.split(size), labels.split(size), strict=True):
-            with context:
-                part = F.cross_entropy(run.model(prepare(x, run.model)), y) * (len(x) / len(images))
+        for x, y in zip(images.split(part_size), labels.split(part_size), strict=True):
+            with autocast(cfg, where):
+                logits = run.model(model_input(x, run.model))
+                part = F.cross_entropy(logits, y) * (len(x) / len(images))
             (part * loss_scale).backward()
             loss += part.detach()
-    except torch.OutOfMemoryError:
-        if size == 1:
-            raise
-        run.facts["batch_parts"] = 2 * parts
-        size = 0
-    if not size:  # out of the handler, which kept the failed pass's memory alive
-        warnings.warn(f"Batches of {len(images)} do not fit into the memory of this GPU: computed "
-                      f"in {run.facts['batch_parts']} parts, with the same sums.", stacklevel=2)
-        torch.cuda.empty_cache()
-        return sgd_step(run, opt, images, labels, adjust)
-    grads = [p.grad for p in run.trained.values()]
+    except torch.OutOfMemoryError as error:
+        raise torch.OutOfMemoryError(
+            f"{part_size} images at once do not fit into this device's memory: set micro_batch="
+            f"{max(1, part_size // 2)}, which gives the same sums in smaller parts") from error
+
+    gradients = {n: p.grad for n, p in run.trainable.items()}
     if loss_scale != 1:
-        torch._foreach_mul_(grads, 1 / loss_scale)
-    if adjust:
-        adjust(grads)
-    opt.step()
+        torch._foreach_mul_(list(gradients.values()), 1 / loss_scale)
+    if adjust is not None:
+        adjust(gradients)
+    optimizer.step()
     return loss
 
 
-def client_update(run: Run, state: State, k: int, lr: float) -> Tensor:
-    """J local steps of client k on the model, which holds the server's weights w; the mean loss.
+def batches(run: Run, order: np.ndarray, draw: np.random.Generator) -> Iterator:
+    """The images of `order` (indices) in augmented batches of B, with their labels."""
+    where = run.data.images.device
+    index = torch.from_numpy(order).to(where, non_blocking=True)
+    for i in range(0, len(order), run.cfg.batch_size):
+        batch = index[i:i + run.cfg.batch_size]
+        yield augment(run.data.images[batch], draw, run.cfg.augmentation), run.data.labels[batch]
 
-    FedProx pulls towards w (Li et al. 2018, eq. 2); SCAFFOLD adds c - c_k (Karimireddy et al. 2020,
-    Algorithm 1).
+
+def check_finite(cfg: Config, where: torch.device, unit: int, lr: float, watched: dict):
+    """FloatingPointError that names what is not finite, the rate and the precision."""
+    bad = {name: value for name, value in watched.items() if not math.isfinite(value)}
+    if not bad:
+        return
+    advice = f"Try a lower lr than {cfg.lr:g}."
+    if precision_name(cfg, where) == "fp16":
+        advice = ("In fp16 large values overflow: try precision='bf16' or 'float32' before a lower "
+                  f"lr than {cfg.lr:g}.")
+    raise FloatingPointError(f"not finite in round or epoch {unit} at {lr=:g}: {bad}. {advice}")
+
+
+# ------------------------------------------------------------------ federated averaging
+@dataclass(frozen=True)
+class State:
+    """All that a run needs to go on. Clients keep nothing else between rounds."""
+    params: Params                       # the server's trained weights
+    round: int = 0                       # rounds, or epochs, done
+    history: tuple[dict, ...] = ()       # a row a round; row 0 is the untrained start
+    algorithm_state: dict[str, Params] = field(default_factory=dict)  # momenta, control variates
+    best: Params | None = None           # of the evaluation with the best validation accuracy
+    best_round: int = 0
+    seconds: float = 0.0
+    segments: tuple[dict, ...] = ()      # which rounds were trained where, by what code
+    error: str = ""                      # why the run cannot go on
+
+
+@dataclass(frozen=True)
+class ClientUpdate:
+    """What a client sends to the server."""
+    client: int
+    loss: Tensor      # mean over its local steps
+    vector: Params    # its task vector, w_k - w
+    message: Params   # what the algorithm sends beside it
+
+
+@dataclass(frozen=True)
+class CohortUpdate:
+    """What the server makes of a round's answers."""
+    clients: list[int]
+    shares: list[float]            # n_k / n
+    vector: Params                 # the combined task vector
+    messages: dict[int, Params]    # by client
+    losses: Tensor                 # (clients,)
+    squared_norms: Tensor          # (clients,), of the task vectors
+
+
+class FedAvg:
+    """Federated averaging (McMahan et al. 2017), and the hooks that another algorithm overrides.
+
+    A subclass changes one or more of the four methods; `register_algorithm` gives it a name. Each
+    is checked: a result of other names or shapes than the weights' is a ValueError that names it.
     """
-    cfg, server = run.cfg, list(state.params.values())
-    theta, loss = [p.data for p in run.trained.values()], server[0].new_zeros(())
-    control, own = (list(state.memory.get(key, {}).values()) for key in ("control", f"control/{k}"))
+    reads: tuple[str, ...] = ()  # which of prox_mu, server_lr, server_momentum it uses
 
-    def adjust(grads):
-        if cfg.algorithm == "fedprox":
-            torch._foreach_add_(grads, torch._foreach_sub(theta, server), alpha=cfg.prox_mu)
-        if control:
-            torch._foreach_add_(grads, control)
-        if own:
-            torch._foreach_sub_(grads, own)
+    def __init__(self, cfg: Config):
+        self.cfg = cfg
 
-    opt = run.optimizer(lr)
-    draw, need = rng("client", cfg.seed, state.round, k), cfg.local_steps * cfg.batch_size
-    passes = [draw.permutation(run.shards[k]) for _ in range(-(-need // len(run.shards[k])))]
-    for images, labels in batches(run, np.concatenate([*passes, run.shards[k]])[:need], draw):
-        loss += sgd_step(run, opt, images, labels, adjust)
-    return loss / max(1, cfg.local_steps)
+    def local_gradient(self, gradients: Params, weights: Params, state: State, client: int):
+        """Changes the gradients of one local step in place; `state.params` are the server's."""
+
+    def client_message(self, vector: Params, state: State, client: int, lr: float) -> Params:
+        """What the client sends beside its task vector: any tensors by name, nothing here."""
+        return {}
+
+    def combine(self, vectors: list[Params], shares: list[float],
+                messages: dict[int, Params]) -> Params:
+        """One task vector from the cohort's; here their mean, weighted by shares n_k / n.
+
+        Where this is not overridden the mean is summed as clients answer, in the memory of one.
+        """
+        total = scale(vectors[0], shares[0])
+        for vector, share in zip(vectors[1:], shares[1:], strict=True):
+            total = apply_vector(total, vector, share)
+        return total
+
+    def server_step(self, state: State, update: CohortUpdate) -> tuple[Params, dict[str, Params]]:
+        """The server's next weights and its next `algorithm_state`; here w + combined vector."""
+        return add(state.params, update.vector), state.algorithm_state
 
 
-def collect(run: Run, server: Params, mean: Params, share: float) -> Tensor:
-    """Adds `share` of the model's task vector w_k - w to the mean; its squared norm.
+ALGORITHMS["fedavg"] = FedAvg
 
-    The model then holds w again, for the next client: memory does not grow with the cohort. One
-    pass does it all, for a GPU in few launches, on a CPU a weight at a time while it is in cache.
+
+def client_update(run: Run, state: State, client: int, lr: float) -> ClientUpdate:
+    """J local steps from the server's weights, with fresh momentum, on the client's own images."""
+    cfg = run.cfg
+    run.load(state.params)
+    weights = run.weights()
+    optimizer = run.fresh_optimizer(lr)
+
+    adjust = None
+    if type(run.algorithm).local_gradient is not FedAvg.local_gradient:
+        def adjust(gradients):
+            run.algorithm.local_gradient(gradients, weights, state, client)
+
+    # The shard is reshuffled whenever it is used up.
+    draw = rng("client", cfg.seed, state.round, client)
+    need = cfg.local_steps * cfg.batch_size
+    order = np.zeros(0, dtype=np.int64)
+    while len(order) < need:
+        order = np.concatenate([order, draw.permutation(run.shards[client])])
+
+    loss = torch.zeros((), device=run.data.images.device)
+    for images, labels in batches(run, order[:need], draw):
+        loss += local_step(run, optimizer, images, labels, adjust)
+    loss /= max(1, cfg.local_steps)
+
+    vector = task_vector(weights, state.params)
+    message = run.algorithm.client_message(vector, state, client, lr)
+    return ClientUpdate(client, loss, vector, message)
+
+
+def accumulate_update(run: Run, state: State, answers: Iterable[ClientUpdate],
+                      shares: list[float]) -> CohortUpdate:
+    """Combines the clients' answers as they come.
+
+    Memory does not grow with the cohort, unless the algorithm's `combine` wants all vectors.
     """
-    weights, norms = [[p.data for p in run.trained.values()], *(
-        [params[n] for n in run.trained] for params in (server, mean))], []
-    step = 1 if weights[0][0].device.type == "cpu" else len(run.trained)
-    for i in range(0, len(run.trained), step):
-        theta, w, total = (part[i:i + step] for part in weights)
-        torch._foreach_sub_(theta, w)
-        torch._foreach_add_(total, theta, alpha=share)
-        norms += torch._foreach_norm(theta)
-        torch._foreach_copy_(theta, w)
-    return torch.stack(norms).square().sum()
+    algorithm = run.algorithm
+    holds_cohort = type(algorithm).combine is not FedAvg.combine
+    total = {n: torch.zeros_like(w) for n, w in state.params.items()}
+    clients, vectors, messages = [], [], {}
+    losses, squared_norms = [], []
+    for answer, share in zip(answers, shares, strict=True):
+        clients.append(answer.client)
+        losses.append(answer.loss)
+        squared_norms.append(squared_norm(answer.vector))
+        if answer.message:
+            messages[answer.client] = answer.message
+        if holds_cohort:
+            vectors.append(answer.vector)
+        else:
+            for n, w in total.items():
+                w.add_(answer.vector[n], alpha=share)
+
+    if holds_cohort:
+        total = algorithm.combine(vectors, shares, messages)
+        check_layout(f"algorithm {run.cfg.algorithm!r}: what combine() returns", total,
+                     state.params)
+    nothing = torch.zeros(0)
+    return CohortUpdate(clients, shares, total, messages,
+                        torch.stack(losses) if losses else nothing,
+                        torch.stack(squared_norms) if losses else nothing)
 
 
-def ask_clients(run: Run, state: State, clients: list[int], lr: float) -> dict:
-    """Of each client that answers, in order, a call that trains the model's weights: its loss."""
-    return {k: partial(client_update, run, state, k, lr) for k in clients}
+def shares_of(run: Run, clients: list[int]) -> list[float]:
+    """n_k / n of the clients: the weights of their mean."""
+    total = sum(len(run.shards[k]) for k in clients)
+    return [len(run.shards[k]) / total for k in clients]
 
 
-def federated_round(run: Run, state: State, ask=ask_clients) -> State:
+def train_cohort(run: Run, state: State, clients: list[int], lr: float) -> CohortUpdate:
+    """Trains the clients one after the other on this device."""
+    answers = (client_update(run, state, k, lr) for k in clients)
+    return accumulate_update(run, state, answers, shares_of(run, clients))
+
+
+def federated_round(run: Run, state: State, train_cohort=train_cohort) -> State:
     """One round of FedAvg (McMahan et al. 2017, Algorithm 1): w <- w + sum_k n_k/n (w_k - w).
 
-    `ask` may have the clients train elsewhere; those that do not answer are left out, by name.
-    Raises FloatingPointError, naming the clients, where a loss is not finite.
+    `train_cohort` may have the clients train elsewhere, and may leave out some that do not answer.
+    Raises FloatingPointError, naming the clients, where a loss is not finite, and ValueError where
+    a hook of the algorithm returns something else than weights.
     """
-    cfg, lr = run.cfg, learning_rate(run.cfg, state.round / run.cfg.num_rounds)
+    cfg = run.cfg
+    lr = learning_rate(cfg, state.round / cfg.num_rounds)
     drawn = cohort(cfg.num_clients, cfg.participation, "cohort", cfg.seed, state.round).tolist()
-    clients = list(answers := ask(run, state, drawn, lr))
-    total, (rank, world) = sum(len(run.shards[k]) for k in clients), ranks()
-    mean, controls = {n: torch.zeros_like(w) for n, w in state.params.items()}, {}
-    squares, losses = next(iter(mean.values())).new_zeros(2, len(clients))
-    run.load(state.params)
-    for i, k in list(enumerate(clients))[rank::world]:  # under torchrun each process has its share
-        losses[i] = answers[k]()
-        if cfg.algorithm == "scaffold":
-            controls[k] = new_control(cfg, state, k, run.vector(state.params), lr)
-        squares[i] = collect(run, state.params, mean, len(run.shards[k]) / total)
-    sum_over_ranks(*mean.values(), squares, losses)
-    memory = state.memory | (move_control(cfg, state, clients, controls)
-                             if cfg.algorithm == "scaffold" else {})
-    square = squared_norm(mean)
-    fedexp = squares.mean() / (2 * (square + 1e-12))  # Jhunjhunwala et al. 2023, eq. 8
-    params, memory = server_step(cfg, state.params, mean, fedexp.clamp(min=1), memory)
-    norms = torch.stack([squares.mean().sqrt(), square.sqrt(), fedexp])
-    # the round's only wait for the device:
-    *losses, client_norm, mean_norm, step = torch.cat([losses, norms]).tolist()
-    watched = dict(zip(clients, losses, strict=True)) | {"norm of the task vectors": client_norm}
-    refuse_divergence(cfg, watched, state.round + 1, lr)
-    sent = 4 * len(clients) * (1 + (cfg.algorithm == "scaffold"))  # bytes of an entry, in float32
+    update = train_cohort(run, state, drawn, lr)
+
+    # The round's only wait for the device.
+    norms = torch.stack([update.squared_norms.mean(), squared_norm(update.vector)]).sqrt()
+    *losses, client_norm, mean_norm = torch.cat([update.losses, norms]).tolist()
+    watched = {f"loss of client {k}": loss for k, loss in zip(update.clients, losses, strict=True)}
+    watched["norm of the task vectors"] = client_norm
+    where = update.losses.device
+    check_finite(cfg, where, state.round + 1, lr, watched)
+
+    params, algorithm_state = run.algorithm.server_step(state, update)
+    what = f"algorithm {cfg.algorithm!r}: what server_step() returns"
+    check_layout(what, params, state.params)
+    if not isinstance(algorithm_state, dict):
+        raise ValueError(f"{what} as the algorithm's state must be a dict of named tensors by name")
+    if run.mask is not None:
+        # Frozen means frozen whatever a hook does.
+        params = {n: torch.where(run.mask[n], params[n], w) for n, w in state.params.items()}
+
+    beside = sum(w.numel() for message in update.messages.values() for w in message.values())
+    sent = 4 * len(update.clients) * run.num_trainable()  # bytes, in float32
     row = dict(round=state.round + 1, lr=lr, train_loss=sum(losses) / len(losses),
-               client_norm=client_norm, mean_norm=mean_norm, fedexp_step=step,
-               bytes_up=sent * run.free, bytes_down=sent * run.free,
-               bytes_dense=sent * sum(p.numel() for p in run.model.parameters()))
-    row |= dict(lost=[k for k in drawn if k not in answers]) if len(clients) < len(drawn) else {}
-    return replace(state, params=params, memory=memory, round=row["round"],
+               client_norm=client_norm, mean_norm=mean_norm,
+               bytes_up=sent + 4 * beside, bytes_down=sent + 4 * beside)
+    if len(update.clients) < len(drawn):
+        row["lost"] = sorted(set(drawn) - set(update.clients))
+    return replace(state, params=params, algorithm_state=algorithm_state, round=row["round"],
                    history=(*state.history, row))
 
 
-def refuse_divergence(cfg: Config, watched: dict, unit: int, lr: float):
-    if bad := {k: v for k, v in watched.items() if not math.isfinite(v)}:
-        raise FloatingPointError(f"not finite in round or epoch {unit} at {lr=:g} (client: loss): "
-                                 f"{bad}. Try a lower lr than {cfg.lr:g}.")
+# ------------------------------------------------------------------ the resumable loop
+def evaluate(model: nn.Module, images: Tensor, labels: Tensor, batch: int = 500,
+             context=None) -> dict:
+    """Loss, accuracies and predictions on uint8 images (n, 3, h, w), in eval mode.
 
-
-def new_control(cfg: Config, state: State, k: int, vector: Params, lr: float) -> Params:
-    """SCAFFOLD's control variate of client k after its task vector (Karimireddy et al., option II).
-
-    c_k <- c_k - c + (w - w_k) / (lr a). With momentum J steps of one gradient move by lr a times
-    it, a = sum_{i<=J} (1 - mu^i) / (1 - mu): J where mu is 0.
+    `loss` is the mean cross-entropy in nats; `top1`, `top5` and `per_class` are shares of 1, None
+    for a class without images; `predictions` is uint8 (n,).
     """
-    a = sum((1 - cfg.momentum**i) / (1 - cfg.momentum) for i in range(1, cfg.local_steps + 1))
-    zero = {n: torch.zeros_like(v) for n, v in vector.items()}
-    c, own = (state.memory.get(key, zero) for key in ("control", f"control/{k}"))
-    return {n: own[n] - c[n] - v / (lr * max(a, 1)) for n, v in vector.items()}
+    check_labels(labels, len(images), torch.iinfo(torch.int64).max)
+    model.eval()
+    with torch.no_grad(), context or nullcontext():
+        logits = torch.cat([model(model_input(x, model)).float() for x in images.split(batch)])
+    num_classes = logits.shape[1]
+    check_labels(labels, len(images), num_classes)
+    top = logits.topk(min(5, num_classes)).indices
+    hits = top == labels[:, None]
+    per_class = [hits[labels == c, 0].float().mean().item() if (labels == c).any() else None
+                 for c in range(num_classes)]
+    return dict(
+        loss=F.cross_entropy(logits, labels).item(), images=len(labels),
+        top1=hits[:, 0].sum().item() / len(labels), top5=hits.any(1).sum().item() / len(labels),
+        per_class=per_class, predictions=top[:, 0].to(torch.uint8).cpu().numpy())
 
 
-def move_control(cfg: Config, state: State, clients: list[int], fresh: dict) -> dict[str, Params]:
-    """The cohort's `fresh` control variates, and the server's, which moves by a K-th of theirs."""
-    zero = {n: torch.zeros_like(w) for n, w in state.params.items()}
-    control = state.memory.get("control", zero)
-    for k in clients:
-        fresh.setdefault(k, {n: torch.zeros_like(w) for n, w in zero.items()})
-        sum_over_ranks(*fresh[k].values())  # of which all but one are zero
-        change = task_vector(fresh[k], state.memory.get(f"control/{k}", zero))
-        control = apply_vector(control, change, 1 / cfg.num_clients)
-    return {"control": control} | {f"control/{k}": own for k, own in fresh.items()}
-
-
-def server_step(cfg: Config, params: Params, mean: Params, fedexp: Tensor, memory: dict):
-    """(weights, memory) from the mean task vector: FedAvg, FedExP, or a torch optimizer for which
-    it is the negative gradient (FedAvgM, Hsu et al. 2019; FedAdam, Reddi et al. 2021). They may lie
-    in the mean's memory: new memory would cost more than the sum."""
-    if cfg.server in ("average", "fedexp"):
-        mean = scale(mean, fedexp) if cfg.server == "fedexp" else mean
-        return {n: mean[n].add_(w) for n, w in params.items()}, memory
-    weights = {n: nn.Parameter(w.clone()) for n, w in params.items()}
-    if cfg.server == "momentum":
-        opt = torch.optim.SGD(weights.values(), cfg.server_lr, cfg.server_momentum)
+def evaluate_run(run: Run, params: Params, part: str) -> dict:
+    """`evaluate` of weights on "val" or "test", on the first `eval_images` of it."""
+    cfg = run.cfg
+    run.load(params)
+    if part == "val":
+        index = run.data.val[:cfg.eval_images]
+        images, labels = run.data.images[index], run.data.labels[index]
     else:
-        opt = torch.optim.Adam(weights.values(), cfg.server_lr, (cfg.server_momentum, 0.99), 1e-3)
-    for n, w in weights.items():
-        w.grad = -mean[n]
-        opt.state[w] = {key.removeprefix("server/"): kept[n].clone() if kept[n].dim() else
-                        kept[n].cpu().clone()  # Adam counts its steps on the CPU
-                        for key, kept in memory.items() if key.startswith("server/")}
-    opt.step()
-    kept = {f"server/{key}": {n: opt.state[w][key] for n, w in weights.items()}
-            for key, value in opt.state[w].items() if isinstance(value, Tensor)}
-    return {n: w.detach() for n, w in weights.items()}, memory | kept
+        images = run.data.test_images[:cfg.eval_images]
+        labels = run.data.test_labels[:cfg.eval_images]
+    return evaluate(run.model, images, labels, context=autocast(cfg, images.device))
 
 
-def centralized_epoch(run: Run, state: State) -> State:
-    """One epoch over the training part, momentum carried on; the rate is set at every step."""
-    cfg, draw = run.cfg, rng("epoch", run.cfg.seed, state.round)
-    run.load(state.params)
-    opt = run.optimizer(cfg.lr)
-    for n, buffer in state.memory.get("momentum", {}).items():
-        opt.state[run.trained[n]]["momentum_buffer"] = buffer.clone()
-    steps, loss = math.ceil(len(run.data.train) / cfg.batch_size), 0.0
-    for i, (images, labels) in enumerate(batches(run, draw.permutation(run.data.train), draw)):
-        lr = learning_rate(cfg, (state.round + i / steps) / cfg.num_epochs)
-        opt.param_groups[0]["lr"] = lr
-        loss += sgd_step(run, opt, images, labels) / steps
-    params = {n: p.detach().clone() for n, p in run.trained.items()}
-    watched = {"training": float(loss), "squared norm of the weights": squared_norm(params).item()}
-    refuse_divergence(cfg, watched, state.round + 1, lr)
-    row = dict(round=state.round + 1, lr=lr, train_loss=float(loss))
-    momentum = {n: opt.state[p]["momentum_buffer"] for n, p in run.trained.items() if cfg.momentum}
-    return replace(state, params=params, memory={"momentum": momentum}, round=row["round"],
-                   history=(*state.history, row))
-
-
-# ------------------------------------------------------------------ training
-def head_of(cfg: Config, store: Store, data: Data, model: nn.Module) -> Params:
-    """The head that a run starts from: solved on the training part, or a probe's."""
-    def solve():  # in one place: the sums over the clients' shards are the same sums
-        x, y = features(model, data.images[data.train]), data.labels[data.train]
-        head = sharpen(ridge_head(x, y, cfg.ridge_l2, model.num_classes), x, y)
-        return {n: w.float() for n, w in head.items()}
-    if cfg.head == "ridge":
-        return store.cached("head", dict(backbone=digest(backbone(model)), l2=cfg.ridge_l2,
-                                         dataset=cfg.dataset, train=data.train.tolist()), solve)
-    plain = {k: getattr(Config(), k)
-             for k in ("prox_mu", "ridge_l2", "server_lr", "server_momentum")}
-    probe = replace(cfg, name="", rule=None, head="probe", server="average", **plain,
-                    num_rounds=cfg.head_rounds, num_epochs=cfg.head_rounds,
-                    algorithm="centralized" if cfg.algorithm == "centralized" else "fedavg")
-    if train(probe, store, test=False)["status"] != "finished":
-        raise KeyboardInterrupt
-    return store.resume(probe).best
-
-
-def mask_of(cfg: Config, store: Store, data: Data, model: nn.Module, shards: list) -> Params:
-    """The run's mask, calibrated at one place or by the clients, each on images of its shard."""
-    central = cfg.calibration == "central" or not shards
-    groups, share = ([data.train], 1.0) if central else (shards, cfg.calibration_clients)
-    size = max(1, cfg.calibration_images // cohort_size(len(groups), share))
-    draw = rng("mask", cfg.seed, 1)
-    index = [draw.permutation(g)[:size].tolist() for g in groups]
-    options = dict(rule=cfg.rule, sparsity=cfg.sparsity, rounds=cfg.calibration_rounds,
-                   seed=cfg.seed, participation=share,
-                   combine="mean" if central else cfg.calibration)
-    key = dict(options, dataset=cfg.dataset, index=index, model=digest(model.state_dict()))
-    chunk = 8 if device().type == "cpu" else 32
-    return store.cached("mask", key, lambda: calibrate_mask(
-        model, [data.images[i] for i in index], chunk=chunk, **options))
-
-
-def open_run(cfg: Config, store: Store | None, head_of=head_of, mask_of=mask_of):
-    """A Run (data, model, head, mask and shards) and the State to go on from.
-
-    Without a store it is the first; a worker elsewhere has its head and mask from the server.
-    """
-    data, model = load_data(cfg), build_model(cfg)
-    names, mask = [n for n, _ in model.named_parameters()], None
-    facts = dict(backbone=digest(backbone(model)), batch_parts=1)
-    labels = data.labels.cpu().numpy()[data.train]
-    shards = [] if cfg.algorithm == "centralized" else [
-        data.train[s] for s in shard(labels, cfg.num_clients, cfg.classes_per_client, cfg.seed)]
-    if cfg.head == "probe":
-        names = HEAD
-    elif cfg.rule or cfg.head == "ridge":
-        model.load_state_dict(backbone(model) | head_of(cfg, store, data, model))
-        names = backbone(model) if cfg.rule else names
-    if cfg.rule:
-        names = mask = mask_of(cfg, store, data, model, shards)
-        scored = cfg.calibration != "central" and shards and cfg.rule in RULES[:2]
-        scorers = scored and cfg.calibration_rounds * cohort_size(cfg.num_clients,
-                                                                  cfg.calibration_clients)
-        bits = 1 if cfg.calibration == "vote" else 32  # a bitmap, or a float32 a weight
-        facts["mask"] = dict(sha256=digest(mask), composition=composition(mask),
-                             bytes_up=bits * flat(mask).numel() // 8 * int(scorers))
-    for n, p in model.named_parameters():
-        p.requires_grad_(n in names)
-    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    start = State({n: p.detach().clone() for n, p in trained.items()})
-    state = store.resume(cfg, start.params, mask) if store else None
-    return Run(cfg, data, model, trained, mask, shards, facts), state or start
-
-
-def assess(run: Run, state: State) -> State:
+def validate(run: Run, state: State) -> State:
     """Adds validation loss and accuracy to the last row, and keeps the best weights so far."""
-    index = run.data.val[:run.cfg.eval_images]
-    run.load(state.params)
-    found = evaluate(run.model, run.data.images[index], run.data.labels[index],
-                     context=precision(run.cfg)[0])
-    *rows, row = state.history
-    refuse_divergence(run.cfg, {"validation": found["loss"]}, state.round, row["lr"])
-    row |= {f"val_{k}": found[k] for k in ("loss", "top1", "top5")}
+    found = evaluate_run(run, state.params, "val")
+    rows = list(state.history) or [dict(round=0)]
+    row = rows.pop()
+    check_finite(run.cfg, run.data.images.device, state.round, row.get("lr", run.cfg.lr),
+                 {"validation loss": found["loss"]})
+    row = row | {f"val_{k}": found[k] for k in ("loss", "top1", "top5")}
+    if run.cfg.test_curve:
+        seen = evaluate_run(run, state.params, "test")
+        row |= {f"test_{k}": seen[k] for k in ("loss", "top1")}
+    best_so_far = max((r["val_top1"] for r in rows if "val_top1" in r), default=-1)
     state = replace(state, history=(*rows, row))
-    if row["val_top1"] > max((r.get("val_top1", -1) for r in rows), default=-1):
+    if row["val_top1"] > best_so_far:
         state = replace(state, best=state.params, best_round=state.round)
     return state
 
 
-def fold(run: Run, store: Store, state: State, step=None) -> State:
-    """Rounds (or epochs) until the run's length, stored on the way, at a stop and at the end."""
-    cfg, saved = run.cfg, (state.round, time.monotonic())
-    step = step or (centralized_epoch if cfg.algorithm == "centralized" else federated_round)
-    with tqdm(total=cfg.length, initial=state.round, desc=run_name(cfg), leave=False,
-              disable=ranks()[0] > 0) as bar:
-        try:
-            while state.round < cfg.length:
-                began, after = time.monotonic(), step(run, state)
-                if after.round % cfg.eval_every == 0 or after.round == cfg.length:
-                    after = assess(run, after)
-                    bar.set_postfix(val=f"{after.history[-1]['val_top1']:.1%}")
-                state = replace(after, seconds=after.seconds + time.monotonic() - began)
-                bar.update()
-                if (state.round - saved[0] >= cfg.eval_every and state.round < cfg.length
-                        and time.monotonic() - saved[1] >= 60 * store.minutes):
-                    store.save(cfg, state)
-                    saved = (state.round, time.monotonic())
-        except KeyboardInterrupt:
-            pass
-        except FloatingPointError as error:
-            state = replace(state, error=str(error))
-    done = state.round == cfg.length and not state.error
-    last = replace(state, params=state.best, memory={}) if done else state  # all it still needs
-    store.save(cfg, last, keep=1 if done else 2, mask=run.mask if done else None)
+def centralized_epoch(run: Run, state: State) -> State:
+    """One epoch over the training part, momentum carried on; the rate is set at every step."""
+    cfg = run.cfg
+    draw = rng("epoch", cfg.seed, state.round)
+    run.load(state.params)
+    optimizer = run.fresh_optimizer(cfg.lr)
+    for n, buffer in state.algorithm_state.get("momentum", {}).items():
+        optimizer.state[run.trainable[n]]["momentum_buffer"] = buffer.clone()
+
+    steps = math.ceil(len(run.data.train) / cfg.batch_size)
+    loss = torch.zeros((), device=run.data.images.device)
+    order = draw.permutation(run.data.train)
+    for i, (images, labels) in enumerate(batches(run, order, draw)):
+        lr = learning_rate(cfg, (state.round + i / steps) / cfg.num_epochs)
+        optimizer.param_groups[0]["lr"] = lr
+        loss += local_step(run, optimizer, images, labels) / steps
+
+    params = {n: w.clone() for n, w in run.weights().items()}
+    watched = {"training loss": loss.item(),
+               "squared norm of the weights": squared_norm(params).item()}
+    check_finite(cfg, loss.device, state.round + 1, lr, watched)
+    momentum = {n: optimizer.state[p]["momentum_buffer"].clone()
+                for n, p in run.trainable.items() if cfg.momentum}
+    row = dict(round=state.round + 1, lr=lr, train_loss=loss.item())
+    return replace(state, params=params, algorithm_state={"momentum": momentum},
+                   round=row["round"], history=(*state.history, row))
+
+
+@contextmanager
+def uninterrupted():
+    """Holds a Ctrl-C back until the block is done, so that no write is cut in half by hand."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    caught = []
+    before = signal.signal(signal.SIGINT, lambda *args: caught.append(args))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if caught:
+        raise KeyboardInterrupt
+
+
+def run_rounds(run: Run, store: "Store", state: State, step: Callable[[Run, State], State],
+               stop_at: float = math.inf, watch: Callable[[Run, State], None] | None = None
+               ) -> State:
+    """Rounds (or epochs) until the run's length, stored on the way, at a stop and at the end.
+
+    Stops by itself at `stop_at` (seconds of `time.monotonic`), by hand at any moment, and where
+    the run is not finite; `watch(run, state)` is called after every evaluation.
+    """
+    cfg = run.cfg
+    saved_at = time.monotonic()
+    state = replace(state, segments=(*state.segments, segment(cfg, state.round)))
+    bar = tqdm(total=cfg.length, initial=state.round, desc=run_name(cfg), leave=False,
+               disable=store.quiet)
+    try:
+        if not state.history:
+            state = validate(run, state)  # round 0: what the untrained start is worth
+        while state.round < cfg.length and time.monotonic() < stop_at:
+            began = time.monotonic()
+            after = step(run, state)
+            evaluated = after.round % cfg.eval_every == 0 or after.round == cfg.length
+            if evaluated:
+                after = validate(run, after)
+            # From here on the round counts: an interrupt above repeats it, with the same draws.
+            state = replace(after, seconds=after.seconds + time.monotonic() - began)
+            bar.update()
+            if evaluated:
+                bar.set_postfix(val=f"{state.history[-1]['val_top1']:.1%}")
+                if watch is not None:
+                    watch(run, state)
+            if state.round < cfg.length and time.monotonic() - saved_at >= 60 * store.minutes:
+                store.save(run, state)
+                saved_at = time.monotonic()
+    except KeyboardInterrupt:
+        pass
+    except FloatingPointError as error:
+        state = replace(state, error=str(error))
+    finally:
+        bar.close()
+    with suppress(KeyboardInterrupt):
+        store.save(run, state)
     return state
 
 
-def train(cfg: Config, store: Store | None = None, test: bool = True, step=None) -> dict:
+def segment(cfg: Config, done: int) -> dict:
+    """Where and by what the rounds after `done` are trained."""
+    packages = ("torch", "torchvision", "timm", "numpy")
+    return dict(
+        after_round=done, device=str(device()), hardware=hardware(),
+        precision=precision_name(cfg, device()), threads=torch.get_num_threads(),
+        python=platform.python_version(), versions={p: version(p) for p in packages},
+        code=CODE_SHA256)
+
+
+# ------------------------------------------------------------------ plumbing: device and data
+def device() -> torch.device:
+    """The GPU if there is one: CUDA's, else Apple's, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
+def hardware() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+
+
+def data_folder() -> Path:
+    """$DATA_DIR, else data/ beside this file, wherever a notebook happens to run."""
+    return Path(os.environ.get("DATA_DIR") or ROOT / "data").expanduser()
+
+
+def load_data(cfg: Config) -> Data:
+    """The data set on the device, downloaded if need be, split into training and validation.
+
+    Raises FileNotFoundError where it is neither stored nor to be had.
+    """
+    tensors = _read_dataset(cfg.dataset, str(data_folder()), device())
+    labels = tensors[1].cpu().numpy()
+    return Data(*tensors, *split(labels, cfg.val_fraction, cfg.split_seed))
+
+
+@lru_cache(maxsize=2)  # a grid of runs reads the files once
+def _read_dataset(name: str, folder: str, where: torch.device) -> list[Tensor]:
+    if name == "synthetic":
+        parts = [_synthetic(images_per_class(name)), _synthetic(20)]
+        return [t.to(where) for part in parts for t in part]
+    kind = {"cifar100": torchvision.datasets.CIFAR100, "cifar10": torchvision.datasets.CIFAR10}
+    try:
+        parts = [kind[name](folder, train, download=True) for train in (True, False)]
+    except (OSError, RuntimeError) as error:
+        raise FileNotFoundError(
+            f"{name} is not in {folder!r} and cannot be downloaded ({error}). Set DATA_DIR to the "
+            "folder that holds it, or connect to the network, or choose dataset='synthetic'."
+        ) from error
+    tensors = []
+    for part in parts:
+        images = torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous()
+        tensors += [images.to(where), torch.tensor(part.targets, device=where)]
+    return tensors
+
+
+def images_per_class(dataset: str) -> int:
+    """Training images of a class, before validation is split off."""
+    return {"cifar100": 500, "cifar10": 5000, "synthetic": 120}[dataset]
+
+
+def _synthetic(per_class: int) -> tuple[Tensor, Tensor]:
+    """100 classes, each a smooth random pattern under noise: learnable, nothing to download."""
+    patterns = torch.from_numpy(rng("synthetic", 0).normal(size=(100, 3, 4, 4)))
+    patterns = F.interpolate(patterns, size=32, mode="bicubic")
+    draw = rng("synthetic", per_class)
+    images = []
+    for pattern in patterns:
+        noise = torch.from_numpy(draw.normal(size=(per_class, 3, 32, 32)))
+        images.append((128 + 40 * pattern + 40 * noise).clamp(0, 255).to(torch.uint8))
+    return torch.cat(images), torch.arange(100).repeat_interleave(per_class)
+
+
+def or_synthetic(cfg: Config) -> Config:
+    """`cfg`, or its like on synthetic images, with a warning, where its data set cannot be had.
+
+    It tries to load (and download) the data set. For demonstrations only: accuracies on synthetic
+    images mean nothing.
+    """
+    try:
+        load_data(cfg)
+        return cfg
+    except FileNotFoundError as error:
+        warnings.warn(f"SYNTHETIC DATA, its accuracies mean nothing: {error}", stacklevel=2)
+    # it has 120 images a class: with half of them all shardings of 100 clients can be had
+    return replace(cfg, dataset="synthetic", val_fraction=0.5)
+
+
+# ------------------------------------------------------------------ plumbing: backbone
+ARCHS = {
+    "vits16": dict(model_name="vit_small_patch16_224.dino"),
+    "mini": dict(model_name="vit_tiny_patch16_224", patch_size=8, embed_dim=128, depth=6,
+                 num_heads=4),
+}
+HEAD = ("head.weight", "head.bias")
+
+
+def build_model(cfg: Config) -> nn.Module:
+    """A ViT with its pre-trained backbone, position embedding resampled, and a random head.
+
+    Raises ValueError unless exactly the backbone's weights are found, all in shape and finite, and
+    FileNotFoundError where they are neither stored nor to be had.
+    """
+    arch = ARCHS[cfg.arch]
+    patch = arch.get("patch_size", 16)
+    if cfg.image_size % patch:
+        raise ValueError(f"image_size={cfg.image_size} must be a multiple of the patch, {patch}")
+    make = partial(timm.create_model, **arch, img_size=cfg.image_size, num_classes=0)
+    with torch.random.fork_rng(devices=[]):  # timm draws from torch's global generator
+        torch.manual_seed(int(rng("init", cfg.seed).integers(2**31)))
+        model = _pretrained(make) if cfg.weights == "dino" else make(pretrained=False)
+        if weights_path(cfg.weights) is not None:
+            _load_backbone(model, weights_path(cfg.weights))
+        model.reset_classifier(NUM_CLASSES[cfg.dataset])
+    if not all(p.isfinite().all() for p in model.parameters()):
+        raise ValueError(f"the weights {cfg.weights!r} are not finite")
+    return model.to(device())
+
+
+def _pretrained(make: Callable[..., nn.Module]) -> nn.Module:
+    try:
+        return make(pretrained=True)  # timm loads strictly where there is no head
+    except Exception as error:  # the hub's clients raise many kinds
+        raise FileNotFoundError(
+            "DINO's weights cannot be downloaded, and are not in the Hugging Face cache. Connect "
+            "to the network and run again; or put the authors' dino_deitsmall16_pretrain.pth on "
+            "disk and set weights='<its path>'; or use this project's small ViT, preset('demo'). "
+            f"{type(error).__name__}: {str(error)[:300]}") from error
+
+
+def _load_backbone(model: nn.Module, path: Path):
+    """Weights of a file that may come from anyone: nothing in it is executed."""
+    state = _read_tensors(path)
+    # DINO's full checkpoint: its own evaluation takes the teacher and drops the projection head.
+    if "teacher" in state:
+        state = state["teacher"]
+    state = {re.sub(r"^(module\.)?(backbone\.)?", "", n): w for n, w in state.items()}
+    state = {n: w for n, w in state.items() if not n.startswith("head.")}
+    foreign = [n for n, w in state.items()
+               if not isinstance(w, Tensor) or not w.is_floating_point()]
+    if foreign or not state:
+        raise ValueError(f"{path} holds no floating-point weights by name, but {foreign[:5]}")
+    _check_backbone(path, state, model.state_dict())
+    state["pos_embed"] = timm.layers.resample_abs_pos_embed(
+        state["pos_embed"].float(), model.patch_embed.grid_size, num_prefix_tokens=1)
+    model.load_state_dict(state)
+
+
+def _read_tensors(path: Path) -> dict:
+    file_sha256(path)  # says what to do where there is no such file
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the readers raise many kinds
+        raise ValueError(f"{path} is not a file of weights: {error}") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} holds a {type(state).__name__}, not weights by name")
+    return state
+
+
+def _check_backbone(path: Path, state: Params, wanted: Params):
+    """ValueError that says what the weights are, and what is needed."""
+    def describe(weights):
+        embedding = weights.get("patch_embed.proj.weight")
+        if embedding is None or embedding.ndim != 4:
+            return f"no ViT ({len(weights)} tensors, such as {list(weights)[:3]})"
+        depth = len({n.split(".")[1] for n in weights if n.startswith("blocks.")})
+        return f"a ViT of patch {embedding.shape[2]}, width {embedding.shape[0]}, depth {depth}"
+    free_size = {"pos_embed"}  # resampled to the image size
+    wrong = sorted(n for n in state.keys() | wanted.keys() if n not in state or n not in wanted
+                   or n not in free_size and state[n].shape != wanted[n].shape)
+    if wrong or state["pos_embed"].ndim != 3:
+        raise ValueError(f"{path} holds {describe(state)}; needed is {describe(wanted)}. They "
+                         f"differ in {wrong[:5] or ['pos_embed']}")
+
+
+def backbone(model: nn.Module) -> Params:
+    """All weights but the head's."""
+    return {n: w for n, w in model.state_dict().items() if n not in HEAD}
+
+
+# ------------------------------------------------------------------ plumbing: heads
+def extract_features(model: nn.Module, images: Tensor, batch: int = 500) -> Tensor:
+    """Backbone features (n, d), float32, of uint8 `images` (n, 3, h, w)."""
+    model.eval()
+    with torch.no_grad():
+        return torch.cat([
+            model.forward_head(model.forward_features(model_input(x, model)), pre_logits=True)
+            for x in images.split(batch)])
+
+
+@dataclass(frozen=True)
+class FeatureSums:
+    """All that a client tells of its features for a closed-form head, in float64."""
+    gram: Tensor    # X'X (d + 1, d + 1), with a last column of ones
+    target: Tensor  # X'Y (d + 1, classes); the last row counts the classes
+
+    def __add__(self, other: "FeatureSums") -> "FeatureSums":
+        return FeatureSums(self.gram + other.gram, self.target + other.target)
+
+
+def feature_sums(x: Tensor, labels: Tensor, num_classes: int) -> FeatureSums:
+    """Sums over features x (n, d) and labels (n,); those of all clients add up to the pooled."""
+    check_labels(labels, len(x), num_classes)
+    where = precise_device(x)
+    x = x.to(where).double()
+    x = torch.cat([x, torch.ones_like(x[:, :1])], 1)
+    targets = F.one_hot(labels.to(where), num_classes).double()
+    return FeatureSums(x.T @ x, x.T @ targets)
+
+
+def ridge_head(sums: FeatureSums, l2: float) -> Params:
+    """Ridge regression on one-hot targets, W = (X'X + l2)^-1 X'Y, in float64; the bias is free."""
+    penalty = torch.full_like(sums.gram[0], l2)
+    penalty[-1] = 0
+    w = torch.linalg.solve(sums.gram + penalty.diag(), sums.target)
+    return _checked_head(w[:-1].T, w[-1])
+
+
+def lda_head(sums: FeatureSums) -> Params:
+    """Linear discriminant analysis: one Gaussian a class with a shared covariance S, in float64.
+
+    W = S^-1 mu_c, b_c = log(n_c / n) - mu_c' S^-1 mu_c / 2 (Hastie et al. 2009, sec. 4.3). Classes
+    without images get a bias of minus infinity's stand-in, the lowest of the others less 100.
+    """
+    counts = sums.target[-1]
+    n = counts.sum()
+    present = counts > 0
+    means = sums.target[:-1] / counts.clamp(min=1)
+    within = (sums.gram[:-1, :-1] - (means * counts) @ means.T) / n
+    # Features of a narrow data set may be dependent: a millionth of the variance keeps S regular.
+    within += 1e-6 * within.diagonal().mean() * torch.eye(len(within), device=within.device)
+    weight = torch.linalg.solve(within, means)
+    bias = (counts / n).clamp(min=1e-300).log() - (means * weight).sum(0) / 2
+    bias = bias.where(present, bias[present].min() - 100)
+    return _checked_head(weight.T, bias)
+
+
+def logistic_head(parts: list[tuple[Tensor, Tensor]], num_classes: int, l2: float = 1.0,
+                  tolerance: float = 1e-4) -> Params:
+    """Softmax regression, in float64: minimises sum of cross-entropies + l2/2 |W|^2 by L-BFGS.
+
+    `parts` are features (n_k, d) and labels (n_k,), a pair a client. Loss and gradient are sums
+    over them, so that each evaluation is a round of communication, and the result is the pooled
+    one. Features are standardised by their sums first. Stops where no entry of the gradient of the
+    mean loss is above `tolerance`. Raises ValueError if that is not reached.
+    """
+    sums = sum_feature_sums([feature_sums(x, y, num_classes) for x, y in parts])
+    n = sums.gram[-1, -1]
+    mean = sums.gram[-1, :-1] / n
+    std = (sums.gram.diagonal()[:-1] / n - mean.square()).clamp(min=1e-12).sqrt()
+    where = mean.device
+    ready = [((x.to(where).double() - mean) / std, y.to(where)) for x, y in parts]
+
+    def loss_and_gradient(flat):
+        w = torch.from_numpy(flat).to(where).view(num_classes, -1)
+        weight, bias = w[:, :-1], w[:, -1]
+        gradient = torch.zeros_like(w)
+        loss = l2 / 2 * weight.square().sum()
+        gradient[:, :-1] = l2 * weight
+        for x, y in ready:
+            log_p = (x @ weight.T + bias).log_softmax(1)
+            loss = loss - log_p.gather(1, y[:, None]).sum()
+            residual = log_p.exp()
+            residual[torch.arange(len(y), device=where), y] -= 1
+            gradient[:, :-1] += residual.T @ x
+            gradient[:, -1] += residual.sum(0)
+        return (loss / n).item(), (gradient / n).cpu().numpy().ravel()
+
+    start = np.zeros(num_classes * (len(mean) + 1))
+    found = scipy.optimize.minimize(
+        loss_and_gradient, start, jac=True, method="L-BFGS-B",
+        options=dict(maxiter=2000, maxfun=4000, maxcor=20, gtol=tolerance, ftol=0))
+    steepest = abs(found.jac).max()
+    if not steepest <= 10 * tolerance:
+        raise ValueError(f"the logistic head did not converge: its gradient is {steepest:.2g} "
+                         f"after {found.nit} steps ({found.message}); are the features finite?")
+    w = torch.from_numpy(found.x).to(where).view(num_classes, -1)
+    weight = w[:, :-1] / std
+    return _checked_head(weight, w[:, -1] - weight @ mean)
+
+
+def sum_feature_sums(parts: list[FeatureSums]) -> FeatureSums:
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total
+
+
+def _checked_head(weight: Tensor, bias: Tensor) -> Params:
+    head = dict(zip(HEAD, (weight.contiguous(), bias.contiguous()), strict=True))
+    if not all(w.isfinite().all() for w in head.values()):
+        raise ValueError("the head is not finite: are the features?")
+    return head
+
+
+def fit_logit_scale(head: Params, x: Tensor, labels: Tensor) -> Params:
+    """The head times the power of two with the lowest cross-entropy on features x (n, d).
+
+    Regression fits 0 and 1, not logits: the softmax of such numbers is close to uniform.
+    """
+    weight, bias = (w.to(precise_device(x)) for w in head.values())
+    labels = labels.to(weight.device)
+    logits = x.to(weight.device).double() @ weight.T + bias
+    best_factor, lowest = 1.0, math.inf
+    for exponent in range(10):
+        losses = F.cross_entropy(2.0**exponent * logits, labels, reduction="none")
+        # Where features fit perfectly no factor is too large, and the first step would explode:
+        # factors that leave other classes less than a tenth of the probability are out.
+        if losses.mean() < lowest and (-losses).exp().mean() <= 0.9:
+            best_factor, lowest = 2.0**exponent, losses.mean()
+    return {n: best_factor * w for n, w in head.items()}
+
+
+def fit_head(kind: str, parts: list[tuple[Tensor, Tensor]], num_classes: int, l2: float) -> Params:
+    """A "logistic", "lda" or "ridge" head on frozen features, a pair in `parts` a client; float32."""
+    if kind == "logistic":
+        head = logistic_head(parts, num_classes, l2)
+    else:
+        sums = sum_feature_sums([feature_sums(x, y, num_classes) for x, y in parts])
+        head = lda_head(sums) if kind == "lda" else ridge_head(sums, l2)
+    if kind == "ridge":
+        x, y = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+        head = fit_logit_scale(head, x, y)
+    return {n: w.float().to(parts[0][0].device) for n, w in head.items()}
+
+
+# ------------------------------------------------------------------ plumbing: storage
+@dataclass
+class Store:
+    """Where runs live: root/<run>.json, <run>.npy, checkpoints/<run>/, cache/ and notes/.
+
+    A file is written beside its place, synced and renamed: a cut leaves the old one or the new.
+    `root` is a working copy and `backup`, such as a folder on Google Drive, what outlives it:
+    results are restored from there at the start, and what it lacks is copied after every write.
+    """
+    root: Path = field(default_factory=lambda: Path(os.environ.get("RESULTS_DIR") or "results"))
+    backup: Path | None = None
+    minutes: float = 1.0   # least time between two checkpoints of a run
+    frozen: bool = False   # only what is stored: nothing is trained or computed
+    quiet: bool = False    # no progress bars
+
+    def __post_init__(self):
+        self.root = Path(self.root).expanduser()
+        self.backup = None if self.backup is None else Path(self.backup).expanduser()
+        self._pending = set()  # not in the backup yet
+        self._parsed = {}      # results by name, with the size and time of the file they are of
+        if not 0 <= self.minutes < math.inf:
+            raise ValueError(f"minutes={self.minutes} between two checkpoints must be at least 0")
+        if self.backup is not None and not self.frozen:
+            self._restore()
+
+    def _restore(self):
+        """Copies results from the backup, and notes what the backup lacks of an earlier process."""
+        for pattern in ("*.json", "*.npy", "notes/*.json"):
+            for name in self._names_in(self.backup, pattern):
+                if not (self.root / name).exists():
+                    self._copy(name, self.backup, self.root)
+        for pattern in ("*.json", "*.npy", "notes/*.json", "checkpoints/*/*.safetensors",
+                        "cache/*.safetensors"):
+            there = set(self._names_in(self.backup, pattern))
+            self._pending |= set(self._names_in(self.root, pattern)) - there
+        self.copy_pending()
+
+    def _names_in(self, folder: Path, pattern: str) -> list[str]:
+        try:
+            return sorted(str(f.relative_to(folder)) for f in folder.glob(pattern))
+        except OSError as error:
+            warnings.warn(f"{folder} cannot be listed: {error}", stacklevel=2)
+            return []
+
+    def _copy(self, name: str, source: Path, target: Path) -> bool:
+        try:
+            write_whole(target / name, (source / name).read_bytes())
+            return True
+        except OSError as error:
+            warnings.warn(f"{name} could not be copied to {target}: {error}. It is tried again "
+                          "with the next file.", stacklevel=2)
+            return False
+
+    def copy_pending(self):
+        """Copies to the backup what it lacks; results last, so that what they name is there."""
+        for name in sorted(self._pending, key=lambda n: n.endswith(".json")):
+            if not (self.root / name).exists() or self._copy(name, self.root, self.backup):
+                self._pending.discard(name)
+
+    def write(self, name: str, content: bytes):
+        """To `root`, then to the backup what it lacks; OSError where `root` takes nothing."""
+        write_whole(self.root / name, content)
+        if self.backup is not None:
+            self._pending.add(name)
+            self.copy_pending()
+
+    def read(self, name: str) -> bytes | None:
+        """A file's content, from the backup where `root` has no sound copy; None without any."""
+        for folder in (self.root, self.backup):
+            if folder is None or not (folder / name).is_file():
+                continue
+            try:
+                content = (folder / name).read_bytes()
+                check_content(name, content)
+                return content
+            except (OSError, ValueError) as error:
+                warnings.warn(f"{folder / name} is damaged or unreadable and left out: {error}",
+                              stacklevel=2)
+        return None
+
+    def delete(self, name: str):
+        self._pending.discard(name)
+        for folder in filter(None, (self.root, self.backup)):
+            with suppress(FileNotFoundError):
+                try:
+                    os.truncate(folder / name, 0)  # Drive's bin keeps a deleted file's size
+                    (folder / name).unlink()
+                except PermissionError as error:
+                    warnings.warn(f"{folder / name} cannot be deleted: {error}", stacklevel=2)
+
+    def names(self, pattern: str) -> list[str]:
+        """Files in `root` and in the backup."""
+        found = set(self._names_in(self.root, pattern))
+        if self.backup is not None:
+            found |= set(self._names_in(self.backup, pattern))
+        return sorted(found)
+
+    @contextmanager
+    def lock(self, cfg: Config):
+        """Waits until no other process on this machine trains the run; frees its stale files."""
+        folder = self.root / "checkpoints" / run_name(cfg)
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(folder / "lock")
+        try:
+            lock.acquire(blocking=False)
+        except filelock.Timeout:
+            warnings.warn(f"another process trains {run_name(cfg)}: waiting until it is done",
+                          stacklevel=3)
+            lock.acquire()
+        except (OSError, NotImplementedError) as error:
+            warnings.warn(f"{folder} cannot be locked ({error}): start this run in one process "
+                          "only", stacklevel=3)
+        try:
+            for part in [*folder.glob("*.part"), *self.root.glob(f"{run_name(cfg)}.*.part")]:
+                part.unlink()  # of writers that were killed
+            yield
+        finally:
+            lock.release()
+
+    def results(self) -> dict[str, dict]:
+        """All stored results by run name; files that are none are named in a warning, once."""
+        found = {}
+        for path in sorted(self.root.glob("*.json")):
+            status = path.stat()
+            stamp = (status.st_size, status.st_mtime_ns)
+            if path.name not in self._parsed or self._parsed[path.name][0] != stamp:
+                self._parsed[path.name] = (stamp, _parse_result(path))
+            result = self._parsed[path.name][1]
+            if result is not None:
+                found[path.stem] = result
+        return found
+
+    def result(self, cfg: Config) -> dict | None:
+        """The stored result of this run, if any; ValueError where the name holds another run."""
+        path = self.root / f"{run_name(cfg)}.json"
+        if not path.is_file():
+            return None
+        result = _parse_result(path)
+        if result is None:
+            # Whatever it is, it is kept; a run in its place is trained again from its checkpoint.
+            path.rename(path.with_suffix(".json.damaged"))
+            return None
+        check_same_run(cfg, result["key"])
+        return result
+
+    def save(self, run: Run, state: State):
+        """One checkpoint, its SHA-256 in its name; older ones but one are deleted after it.
+
+        It carries all that the run needs but the backbone: of a sparse run the trainable entries,
+        the mask's bits and the frozen head.
+        """
+        cfg = run.cfg
+        done = state.round == cfg.length and not state.error
+        groups = {"params": state.params}
+        if state.best is not None and state.best is not state.params:
+            groups["best"] = state.best
+        tensors = {f"{group}:{n}": w[run.mask[n]] if run.mask else w
+                   for group, params in groups.items() for n, w in params.items()}
+        if not done or cfg.schedule == "constant":  # which may go on after its end
+            tensors |= {f"state/{group}:{n}": w for group, params in state.algorithm_state.items()
+                        for n, w in params.items()}
+        if run.mask:
+            bits = flatten(run.mask).cpu().numpy()
+            tensors["mask:"] = torch.from_numpy(np.packbits(bits))
+            tensors |= {f"head:{n}": run.model.get_parameter(n).detach() for n in HEAD}
+
+        card = dict(key=run_key(cfg), backbone=run.provenance["backbone_sha256"],
+                    names=list(state.params))
+        for name in ("round", "history", "best_round", "seconds", "segments"):
+            card[name] = getattr(state, name)
+        content = safetensors.torch.save({n: w.contiguous() for n, w in tensors.items()},
+                                         {"card": json.dumps(card, allow_nan=False)})
+        folder = f"checkpoints/{run_name(cfg)}"
+        digest = hashlib.sha256(content).hexdigest()
+        with uninterrupted():
+            self.write(f"{folder}/{state.round:07d}_{digest}.safetensors", content)
+            keep = 1 if done else 2
+            for old in self.names(f"{folder}/*.safetensors")[:-keep]:
+                self.delete(old)
+
+    def newest_checkpoint(self, cfg: Config) -> tuple[dict, Params] | None:
+        """(card, tensors) of the newest sound checkpoint; ValueError where it is another run's."""
+        for name in reversed(self.names(f"checkpoints/{run_name(cfg)}/*.safetensors")):
+            content = self.read(name)
+            if content is None:
+                continue
+            card = read_card(name, content)
+            check_same_run(cfg, card["key"])
+            tensors = safetensors.torch.load(content)
+            return card, {n: w.to(device()) for n, w in tensors.items()}
+        return None
+
+    def compute_or_load(self, kind: str, key: dict, compute: Callable[[], dict]) -> dict:
+        """`compute()`, kept under all that it depends on: tensors in cache/, JSON in notes/.
+
+        A frozen store that has none gives {}.
+        """
+        name = f"{kind}_{json_sha256(key)}"
+        weights = self.read(f"cache/{name}.safetensors")
+        if weights is not None:
+            return {n: w.to(device()) for n, w in safetensors.torch.load(weights).items()}
+        note = self.read(f"notes/{name}.json")
+        if note is not None or self.frozen:
+            return json.loads(note or b"{}")
+        value = compute()
+        if all(isinstance(v, Tensor) for v in value.values()):
+            content = safetensors.torch.save({n: w.contiguous() for n, w in value.items()})
+            self.write(f"cache/{name}.safetensors", content)
+            return value
+        self.write(f"notes/{name}.json", to_json(value))
+        return json.loads(to_json(value))
+
+
+def write_whole(path: Path, content: bytes):
+    """Writes beside the file and renames: a reader sees the old content or the new, never half."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        with open(part, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        with suppress(OSError):
+            part.unlink()  # half a file would keep a full disk full
+        raise OSError(error.errno, f"{error.strerror or error}: {len(content)} bytes cannot be "
+                      "written; what is stored is whole. Make room or access and run again",
+                      str(path)) from error
+
+
+def check_content(name: str, content: bytes):
+    """ValueError unless a checkpoint has the SHA-256 of its name, and other tensors can be read."""
+    if name.startswith("checkpoints/"):
+        if not name.endswith(f"_{hashlib.sha256(content).hexdigest()}.safetensors"):
+            raise ValueError(f"{len(content)} bytes do not have the SHA-256 of the name")
+    elif name.endswith(".safetensors"):
+        try:
+            safetensors.torch.load(content)
+        except Exception as error:
+            raise ValueError(f"not a file of tensors: {error!r}") from error
+    elif name.endswith(".json"):
+        json.loads(content)
+
+
+def read_card(name: str, content: bytes) -> dict:
+    """What a checkpoint says of itself; ValueError where it is none."""
+    try:
+        header = json.loads(content[8:8 + int.from_bytes(content[:8], "little")])
+        card = json.loads(header["__metadata__"]["card"])
+        return {k: card[k] for k in ("key", "backbone", "names", "round", "history", "best_round",
+                                     "seconds", "segments")}
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{name} is no checkpoint of a run: {error!r}") from error
+
+
+def to_json(value: dict) -> bytes:
+    """UTF-8; a NaN is a ValueError here rather than a broken file later."""
+    return json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False).encode()
+
+
+def _parse_result(path: Path) -> dict | None:
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        missing = {"run", "key", "status", "config", "history"} - set(result)
+        if missing:
+            raise ValueError(f"it has no {sorted(missing)}")
+        return result
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        warnings.warn(f"{path} is no result of a run and left out: {error}", stacklevel=3)
+        return None
+
+
+def check_same_run(cfg: Config, stored: dict):
+    """ValueError, naming the fields, unless the stored key is that of the configuration."""
+    asked = json.loads(json.dumps(run_key(cfg)))
+    differ = {k: (asked.get(k), stored.get(k)) for k in asked.keys() | stored.keys()
+              if asked.get(k) != stored.get(k)}
+    if differ:
+        raise ValueError(
+            f"{run_name(cfg)} is stored as another run. They differ in (asked, stored): {differ}. "
+            "Choose another name, or leave name='' to have one derived.")
+
+
+# ------------------------------------------------------------------ plumbing: training by name
+def open_run(cfg: Config, store: Store | None = None, head: Params | None = None,
+             mask: Params | None = None, skip_frozen: bool = True) -> tuple[Run, State]:
+    """A Run (data, model, head, mask and shards), and the State to go on from.
+
+    A worker elsewhere has no store, but `head` and `mask` from the server. Without `skip_frozen`,
+    weights of which the mask frees no entry get gradients all the same, with the same result.
+    """
+    data = load_data(cfg)
+    model = build_model(cfg)
+    provenance = dict(backbone_sha256=tensors_sha256(backbone(model)))
+    shards = []
+    if not cfg.centralized:
+        labels = data.labels.cpu().numpy()[data.train]
+        shards = [data.train[s] for s in shard(labels, cfg.num_clients, cfg.classes_per_client,
+                                               cfg.seed, cfg.dirichlet_alpha)]
+
+    saved = store.newest_checkpoint(cfg) if store else None
+    if saved is None and store and cfg.schedule == "constant":
+        saved = _shorter_checkpoint(cfg, store)
+    if saved is not None:
+        card, tensors = saved
+        if card["backbone"] != provenance["backbone_sha256"]:
+            raise ValueError(f"{run_name(cfg)} was begun from another backbone: weights="
+                             f"{cfg.weights!r} has SHA-256 {provenance['backbone_sha256']}, then "
+                             f"{card['backbone']}. Put the old file back, or choose another name.")
+        head = {n: tensors[f"head:{n}"] for n in HEAD if f"head:{n}" in tensors} or head
+        mask = _saved_mask(tensors, maskable(model)) or mask
+
+    # The head first: the mask is calibrated with it.
+    if cfg.head != "probe":
+        fitted = cfg.head != "train" or cfg.rule
+        if head is None and fitted and (cfg.rule is None or mask is None):
+            head = make_head(cfg, store, data, model, shards, provenance["backbone_sha256"])
+        if head is not None:
+            model.load_state_dict(backbone(model) | head)
+    if cfg.rule and mask is None:
+        mask = make_mask(cfg, store, data, model, shards)
+    if cfg.rule:
+        provenance["mask"] = mask_provenance(cfg, mask)
+
+    names = trainable_names(cfg, model, mask, skip_frozen)
+    if cfg.head == "probe" and cfg.augmentation == "none":
+        data, model = on_features(data, model)
+    for n, p in model.named_parameters():
+        p.requires_grad_(n in names)
+    trainable = {n: p for n, p in model.named_parameters() if n in names}
+    optimizer = SparseSGDM(
+        trainable.items(), cfg.lr, cfg.momentum, cfg.weight_decay,
+        mask={n: mask[n] for n in trainable} if mask else None)
+    algorithm = None if cfg.centralized else ALGORITHMS[cfg.algorithm](cfg)
+    run = Run(cfg, data, model, trainable, mask, shards, algorithm, optimizer, provenance)
+    start = State({n: w.clone() for n, w in run.weights().items()})
+    return run, start if saved is None else _saved_state(run, start, *saved)
+
+
+def trainable_names(cfg: Config, model: nn.Module, mask: Params | None,
+                    skip_frozen: bool = True) -> set[str]:
+    """Names of the weights that a run trains."""
+    if cfg.head == "probe":
+        return set(HEAD)
+    if mask is None:
+        return {n for n, _ in model.named_parameters()}
+    # A weight of which the mask frees no entry needs no gradient: about a quarter of a round's
+    # arithmetic for masks that free queries and keys only.
+    return {n for n, entries in mask.items() if not skip_frozen or entries.any()}
+
+
+def on_features(data: Data, model: nn.Module) -> tuple[Data, nn.Module]:
+    """The data set as features of the frozen backbone, and the head alone: a probe takes seconds."""
+    features = replace(data, images=extract_features(model, data.images),
+                       test_images=extract_features(model, data.test_images))
+    head = nn.Sequential()
+    head.add_module("head", model.head)
+    return features, head
+
+
+def make_head(cfg: Config, store: Store | None, data: Data, model: nn.Module,
+              shards: list[np.ndarray], backbone_key: str) -> Params:
+    """The head that a run starts from: fitted on frozen features, or by a probe's own run.
+
+    Clients' sums add up to the pooled ones, so one head serves centralised and federated runs.
+    Raises FloatingPointError where the probe diverges, KeyboardInterrupt where it is stopped.
+    """
+    if cfg.head != "train":
+        def fit():
+            x = extract_features(model, data.images[data.train])
+            y = data.labels[data.train]
+            return fit_head(cfg.head, [(x, y)], NUM_CLASSES[cfg.dataset], cfg.head_l2)
+        key = dict(kind=cfg.head, backbone=backbone_key, l2=cfg.head_l2, dataset=cfg.dataset,
+                   size=cfg.image_size, train=json_sha256(data.train.tolist()))
+        return store.compute_or_load("head", key, fit) if store else fit()
+
+    probe = replace(cfg, name="", rule=None, head="probe", num_rounds=cfg.head_rounds,
+                    num_epochs=cfg.head_rounds,
+                    algorithm="centralized" if cfg.centralized else "fedavg")
+    result = train(probe, store, test=False)
+    if result["status"] == "diverged":
+        raise FloatingPointError(f"the head's own run, {result['run']}, diverged: "
+                                 f"{result['error']}")
+    if result["status"] != "finished":
+        raise KeyboardInterrupt
+    card, tensors = store.newest_checkpoint(probe)
+    return {n: tensors[f"params:{n}"] for n in HEAD}
+
+
+def make_mask(cfg: Config, store: Store | None, data: Data, model: nn.Module,
+              shards: list[np.ndarray]) -> Params:
+    """The run's mask, calibrated at one place or by the clients, each on images of its shard."""
+    central = cfg.calibration == "central" or not shards
+    groups = [data.train] if central else shards
+    share = 1.0 if central else cfg.calibration_clients
+    size = max(1, cfg.calibration_images // cohort_size(len(groups), share))
+    draw = rng("mask", cfg.seed, 1)
+    index = [draw.permutation(group)[:size].tolist() for group in groups]
+    options = dict(rule=cfg.rule, sparsity=cfg.sparsity, rounds=cfg.calibration_rounds,
+                   seed=cfg.seed, participation=share,
+                   combine="mean" if central else cfg.calibration)
+
+    def calibrate():
+        chunk = 8 if device().type == "cpu" else 32
+        return calibrate_mask(model, [data.images[i] for i in index], chunk=chunk, **options)
+    if store is None:
+        return calibrate()
+    key = dict(options, dataset=cfg.dataset, index=index, model=tensors_sha256(model.state_dict()),
+               source=run_key(cfg).get("rule_sha256"))
+    found = store.compute_or_load("mask", key, calibrate)
+    return {n: found[n] for n in maskable(model)}  # safetensors has an order of its own
+
+
+def mask_provenance(cfg: Config, mask: Params) -> dict:
+    """What a result tells of its mask, and what its calibration would have cost to send."""
+    scorers = 0
+    if cfg.calibration != "central" and not cfg.centralized and RULES[cfg.rule].needs_fisher:
+        scorers = cfg.calibration_rounds * cohort_size(cfg.num_clients, cfg.calibration_clients)
+    bits = 1 if cfg.calibration == "vote" else 32  # a bitmap, or a float32 a weight
+    entries = sum(m.numel() for m in mask.values())
+    return dict(sha256=tensors_sha256(mask), trainable=sum(int(m.sum()) for m in mask.values()),
+                maskable=entries, per_layer=trainable_per_layer(mask),
+                bytes_up=bits * entries // 8 * scorers)
+
+
+def _saved_mask(tensors: Params, like: Params) -> Params | None:
+    if "mask:" not in tensors:
+        return None
+    count = sum(w.numel() for w in like.values())
+    bits = np.unpackbits(tensors["mask:"].cpu().numpy(), count=count)
+    where = next(iter(like.values())).device
+    return unflatten(torch.from_numpy(bits).bool().to(where), like)
+
+
+def _saved_state(run: Run, start: State, card: dict, tensors: Params) -> State:
+    """The State of a checkpoint; ValueError where its tensors are not those of the run."""
+    groups = {}
+    for name, w in tensors.items():
+        group, _, n = name.partition(":")
+        if group not in ("mask", "head"):
+            groups.setdefault(group, {})[n] = w
+    # safetensors has an order of its own; the model's is the one that sums and bits depend on
+    groups = {group: {n: params[n] for n in [*start.params, *params] if n in params}
+              for group, params in groups.items()}
+
+    weights = {}
+    for group in ("params", "best"):
+        params = groups.pop(group, None)
+        if params is None:
+            continue
+        if run.mask is not None:
+            counts = {n: int(run.mask[n].sum()) for n in start.params}
+            entries = {n: torch.empty(count) for n, count in counts.items()}
+            check_layout(f"the checkpoint of {run_name(run.cfg)}", params, entries)
+            params = {n: w.masked_scatter(run.mask[n], params[n])
+                      for n, w in start.params.items()}
+        check_layout(f"the checkpoint of {run_name(run.cfg)}", params, start.params)
+        weights[group] = params
+    algorithm_state = {group.removeprefix("state/"): params for group, params in groups.items()}
+    return State(weights["params"], card["round"], tuple(card["history"]), algorithm_state,
+                 weights.get("best", weights["params"]), card["best_round"], card["seconds"],
+                 tuple(card["segments"]))
+
+
+def _shorter_checkpoint(cfg: Config, store: Store) -> tuple[dict, Params] | None:
+    """The checkpoint of the longest run that only ended earlier: at a constant rate it goes on."""
+    length = "num_epochs" if cfg.centralized else "num_rounds"
+    asked = run_key(cfg)
+    shorter = [result for result in store.results().values()
+               if result["status"] == "finished" and result["config"][length] < cfg.length
+               and result["key"] | {length: cfg.length} == asked]
+    for result in sorted(shorter, key=lambda r: -r["config"][length]):
+        saved = store.newest_checkpoint(Config(**result["config"]))
+        if saved is not None:
+            return saved
+    return None
+
+
+def train(cfg: Config, store: Store | None = None, test: bool = True,
+          step: Callable[[Run, State], State] | None = None, stop_at: float = math.inf,
+          watch: Callable[[Run, State], None] | None = None) -> dict:
     """The run's result: found in the store, or trained from where it stopped, then stored.
 
     `status` is "finished", "diverged" (the loss was not finite; `error` says where), "interrupted"
-    (stopped by hand; call again to go on) or "missing" (in a frozen store). The test set is read
-    once, by the weights that were best on validation, and not at all with `test=False`. `step` may
-    be a `federated_round` whose clients train elsewhere.
+    (stopped by hand or at `stop_at`; call again to go on) or "missing" (in a frozen store). The
+    last weights are the result; those that were best on validation are kept beside them. The test
+    set is read once at the end, not at all with `test=False`. `step` may be a `federated_round`
+    whose clients train elsewhere.
     """
     if not isinstance(cfg, Config):
         raise TypeError(f"{cfg!r} is no Config")
-    if cfg.algorithm == "centralized" and (n := world_size()) > 1:
-        # before they meet: where one fails while others connect, these see a broken connection
-        raise ValueError(f"algorithm='centralized' has no clients for {n} processes to "
-                         "share: start it in one, without torchrun")
     store = store or Store()
-    if result := stored_result(cfg, store, test):
-        return result
+    found = stored_result(cfg, store, test)
+    if found is not None:
+        return found
+    if time.monotonic() >= stop_at:
+        return dict(run=run_name(cfg), status="interrupted", round=0)
     try:
-        with store.lock(cfg):  # another process may have trained it meanwhile
-            return stored_result(cfg, store, test) or train_now(cfg, store, test, step)
-    except KeyboardInterrupt:  # in the rounds `fold` stops by itself
+        with store.lock(cfg):
+            # another process may have trained it meanwhile
+            return stored_result(cfg, store, test) or _train_now(cfg, store, test, step, stop_at,
+                                                                watch)
+    except KeyboardInterrupt:  # in the rounds `run_rounds` stops by itself
         return dict(run=run_name(cfg), status="interrupted", round=0)
 
 
 def stored_result(cfg: Config, store: Store, test: bool) -> dict | None:
     """The result, where there is no more to be done for it."""
     result = store.result(cfg)
-    if store.frozen or result and (result["status"] == "diverged" or "test" in result or not test):
+    complete = result and (result["status"] == "diverged" or "test" in result or not test)
+    if complete:
+        return result
+    if store.frozen:
         return result or dict(run=run_name(cfg), status="missing", round=0)
     return None
 
 
-def train_now(cfg: Config, store: Store, test: bool, step=None) -> dict:
-    """`train` of what is not stored, from the newest checkpoint on."""
-    run, state = open_run(cfg, store)
-    state = fold(run, store, state, step)
+def _train_now(cfg: Config, store: Store, test: bool, step, stop_at: float, watch) -> dict:
+    try:
+        run, state = open_run(cfg, store)
+    except FloatingPointError as error:
+        return _store_result(cfg, store, State({}, error=str(error)), {}, {})
+
+    step = step or (centralized_epoch if cfg.centralized else federated_round)
+    state = run_rounds(run, store, state, step, stop_at, watch)
     if state.round < cfg.length and not state.error:
         return dict(run=run_name(cfg), status="interrupted", round=state.round)
-    result = dict(run=run_name(cfg), status="diverged" if state.error else "finished",
-                  error=state.error, config=asdict(cfg), identity=identity(cfg), **run.facts,
-                  history=state.history, best_round=state.best_round, seconds=state.seconds,
-                  device=str(device()), hardware=hardware(),
-                  versions={p: version(p) for p in ("torch", "torchvision", "timm", "numpy")},
-                  python=python_version(), threads=torch.get_num_threads(), code=code_version())
+
+    scores = {}
     if test and not state.error:
-        run.load(state.best)
-        result["test"] = evaluate(run.model, run.data.test_images[:cfg.eval_images],
-                                  run.data.test_labels[:cfg.eval_images],
-                                  context=precision(cfg)[0])
-    store.write(f"{run_name(cfg)}.json", dump(result))
+        last = evaluate_run(run, state.params, "test")
+        predictions = io.BytesIO()
+        np.save(predictions, last.pop("predictions"))
+        store.write(f"{run_name(cfg)}.npy", predictions.getvalue())
+        scores["test"] = last
+        best = evaluate_run(run, state.best, "test")
+        scores["test_of_best"] = {k: best[k] for k in ("loss", "top1", "top5")}
+    return _store_result(cfg, store, state, run.provenance, scores)
+
+
+def _store_result(cfg: Config, store: Store, state: State, provenance: dict, scores: dict) -> dict:
+    result = dict(
+        run=run_name(cfg), status="diverged" if state.error else "finished", error=state.error,
+        config=asdict(cfg), key=run_key(cfg), **provenance, history=state.history,
+        best_round=state.best_round, seconds=state.seconds, segments=state.segments, **scores)
+    store.write(f"{run_name(cfg)}.json", to_json(result))
     return store.result(cfg)
 
 
-def train_centralized(cfg: Config, store: Store | None = None, test: bool = True) -> dict:
+def train_centralized(cfg: Config, store: Store | None = None, **options) -> dict:
     """`train` on the pooled training part, for `num_epochs`."""
-    return train(replace(cfg, algorithm="centralized"), store, test)
+    return train(replace(cfg, algorithm="centralized"), store, **options)
 
 
-def train_federated(cfg: Config, store: Store | None = None, test: bool = True) -> dict:
+def train_federated(cfg: Config, store: Store | None = None, **options) -> dict:
     """`train` over `num_clients` simulated clients, for `num_rounds`."""
-    if cfg.algorithm == "centralized":
-        raise ValueError("algorithm='centralized' is for train_centralized: choose 'fedavg', "
-                         "'fedprox' or 'scaffold'")
-    return train(cfg, store, test)
-
-
-from notebooks.display import *  # noqa: E402, F403  last: it stands on all of the above
+    if cfg.centralized:
+        raise ValueError("algorithm='centralized' is for train_centralized: choose one of "
+                         f"{list(ALGORITHMS)}")
+    return train(cfg, store, **options)
