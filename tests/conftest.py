@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 import utils
-from notebooks import basics
 
 torch.set_num_threads(1)
 
@@ -19,6 +18,15 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def mine():
+    """The algorithm `helpers.Mine`, registered as "mine"."""
+    from helpers import Mine
+    utils.register_algorithm("mine", Mine)
+    yield Mine
+    utils.ALGORITHMS.pop("mine", None)
 
 
 @pytest.fixture
@@ -48,29 +56,36 @@ def synthetic():
     return utils.load_data(utils.Config(dataset="synthetic"))
 
 
+def _fresh_data_sets():
+    utils._read_dataset.cache_clear()
+
+
 @pytest.fixture
 def no_cifar(monkeypatch):
     """CIFAR-100 is neither stored nor to be had."""
     def refuse(*args, **kwargs):
         raise OSError("no route to host")
     monkeypatch.setattr("torchvision.datasets.CIFAR100", refuse)
-    basics._read.cache_clear()
+    _fresh_data_sets()
     yield
-    basics._read.cache_clear()
-    utils.NOTES.clear()
+    _fresh_data_sets()
 
 
 @pytest.fixture
 def fake_cifar(monkeypatch):
-    """CIFAR-100 with ten training images and one test image a class; yields the folders asked."""
+    """CIFAR with ten training images and one test image a class; yields what was asked for."""
     asked = []
 
-    def dataset(folder, train, download=False):
-        asked.append(folder)
-        n, draw = 1000 if train else 100, np.random.default_rng(train)
-        return SimpleNamespace(data=draw.integers(0, 256, (n, 32, 32, 3), dtype=np.uint8),
-                               targets=(np.arange(n) % 100).tolist())
-    monkeypatch.setattr("torchvision.datasets.CIFAR100", dataset)
-    basics._read.cache_clear()
+    def data_set(num_classes):
+        def read(folder, train, download=False):
+            asked.append((num_classes, folder))
+            n = 10 * num_classes if train else num_classes
+            draw = np.random.default_rng(train)
+            return SimpleNamespace(data=draw.integers(0, 256, (n, 32, 32, 3), dtype=np.uint8),
+                                   targets=(np.arange(n) % num_classes).tolist())
+        return read
+    monkeypatch.setattr("torchvision.datasets.CIFAR100", data_set(100))
+    monkeypatch.setattr("torchvision.datasets.CIFAR10", data_set(10))
+    _fresh_data_sets()
     yield asked
-    basics._read.cache_clear()
+    _fresh_data_sets()

@@ -1,0 +1,175 @@
+"""The house: utils.py stands alone, reads from top to bottom and is plain; imports only go down."""
+import ast
+import os
+import re
+import shutil
+import subprocess
+import symtable
+import sys
+
+import pytest
+
+import utils
+from utils import ROOT
+
+FOLDERS = ("notebooks", "distributed", "report", "benchmarks")
+MODULES = ["utils.py", *sorted(str(f.relative_to(ROOT)) for folder in FOLDERS
+                               for f in (ROOT / folder).glob("*.py"))]
+BELOW = {  # what a module or folder may import, beside its own folder's modules outside notebooks/
+    "utils": set(),
+    "notebooks.extension": {"utils"},
+    "notebooks.experiments": {"utils", "notebooks.extension"},
+    "notebooks.figures": {"utils", "notebooks.experiments"},
+    "distributed": {"utils", "notebooks.extension", "distributed"},
+    "report": {"utils", "notebooks.experiments", "notebooks.extension", "report"},
+    "benchmarks": {"utils", "notebooks.extension", "distributed", "benchmarks"},
+}
+ALONE = """
+import pathlib, sys
+import utils
+assert pathlib.Path(utils.__file__).parent == pathlib.Path.cwd()
+assert not {"ipywidgets", "matplotlib", "pandas", "seaborn", "IPython"} & set(sys.modules)
+
+cfg = utils.or_synthetic(utils.preset(
+    "demo", weights="none", head="train", num_rounds=2, eval_every=1, num_clients=50,
+    eval_images=50, local_steps=1, batch_size=4))
+assert cfg.dataset == "synthetic"
+
+def stop(run, state):
+    if state.round == 1:
+        raise KeyboardInterrupt
+stopped = utils.train_federated(cfg, utils.Store("results", minutes=0), watch=stop)
+assert (stopped["status"], stopped["round"]) == ("interrupted", 1), stopped
+
+result = utils.train_federated(cfg, utils.Store("results"))
+assert [row["round"] for row in result["history"]] == [0, 1, 2]
+assert [part["after_round"] for part in result["segments"]] == [0, 1]
+
+utils.open_run = None  # nothing is trained again
+assert utils.train_federated(cfg, utils.Store("results")) == result
+"""
+
+
+def source(module: str) -> str:
+    return (ROOT / module).read_text(encoding="utf-8")
+
+
+# ------------------------------------------------------------------ alone
+def fresh_process(code: str, folder):
+    """Runs code in a new Python that sees no project but what lies in `folder`, and no network."""
+    kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "RESULTS_DIR")}
+    nowhere = dict.fromkeys(("http_proxy", "https_proxy", "HTTPS_PROXY"), "http://127.0.0.1:9")
+    kept |= nowhere | {"OMP_NUM_THREADS": "1", "DATA_DIR": str(folder / "data")}
+    return subprocess.run([sys.executable, "-c", code], cwd=folder, env=kept, capture_output=True,
+                          text=True, check=False)
+
+
+def test_utils_alone_in_a_folder_trains_stores_and_resumes(tmp_path):
+    shutil.copy(ROOT / "utils.py", tmp_path)
+    done = fresh_process(ALONE, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "SYNTHETIC" in done.stderr
+
+
+@pytest.mark.parametrize("module", ["utils", "notebooks.extension", "distributed.train"])
+def test_a_worker_imports_no_widgets_and_draws_nothing(module):
+    code = (f"import sys, {module}; bad = {{'ipywidgets', 'matplotlib', 'seaborn', 'IPython'}} & "
+            "set(sys.modules); assert not bad, bad")
+    done = fresh_process(code, ROOT)
+    assert done.returncode == 0, done.stderr
+
+
+# ------------------------------------------------------------------ imports only go down
+def imported(module: str) -> set[str]:
+    """Full names of what a module imports, wherever in it."""
+    names = set()
+    for node in ast.walk(ast.parse(source(module))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{module} has a relative import"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_only_go_down(module):
+    name = module.removesuffix(".py").replace("/", ".")
+    allowed = BELOW.get(name, BELOW.get(name.split(".")[0]))
+    assert allowed is not None, f"{module} has no place in the house"
+    own = {name.split(".")[0] for name in BELOW} | {"tests", "helpers", "conftest"}
+    project = {found for found in imported(module) if found.split(".")[0] in own}
+    wrong = {found for found in project
+             if not any(found == place or found.startswith(f"{place}.") for place in allowed)}
+    assert not wrong
+
+
+def test_the_public_names_are_a_contract():
+    assert 40 <= len(utils.__all__) <= 50
+    assert len(set(utils.__all__)) == len(utils.__all__)
+    assert not [name for name in utils.__all__ if not hasattr(utils, name)]
+
+
+# ------------------------------------------------------------------ each section uses earlier ones
+def globals_used(table: symtable.SymbolTable) -> set[str]:
+    used = {s.get_name() for s in table.get_symbols() if s.is_global() and s.is_referenced()}
+    return used.union(*[globals_used(child) for child in table.get_children()])
+
+
+def test_no_section_of_utils_uses_a_later_one():
+    text = source("utils.py")
+    banners = [i for i, line in enumerate(text.splitlines(), 1) if re.match(r"# -{10}", line)]
+    assert len(banners) > 8
+
+    def section(line):
+        return sum(banner <= line for banner in banners)
+
+    home = {}
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            home[node.name] = section(node.lineno)
+        for target in getattr(node, "targets", [getattr(node, "target", None)]):
+            if isinstance(target, ast.Name):
+                home[target.id] = section(node.lineno)
+    wrong = [f"{table.get_name()} uses {name}"
+             for table in symtable.symtable(text, "utils.py", "exec").get_children()
+             for name in globals_used(table)
+             if home.get(name, 0) > section(table.get_lineno())]
+    assert not wrong
+
+
+# ------------------------------------------------------------------ plain code
+def measures(text: str) -> tuple[float, float, int]:
+    """Syntax nodes a code line, comments per 100 code lines, walrus operators.
+
+    Code lines are those without imports, docstrings, comments and blanks.
+    """
+    tree = ast.parse(text)
+    left_out = set()
+    for node in ast.walk(tree):
+        a_string = (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+                    and isinstance(node.value.value, str))
+        if a_string or isinstance(node, ast.Import | ast.ImportFrom):
+            left_out |= set(range(node.lineno, node.end_lineno + 1))
+    lines = text.splitlines()
+    code = {i for i, line in enumerate(lines, 1)
+            if line.strip() and not line.strip().startswith("#") and i not in left_out}
+    nodes = sum(getattr(node, "lineno", 0) in code for node in ast.walk(tree))
+    comments = sum("#" in line for line in lines)
+    walrus = sum(isinstance(node, ast.NamedExpr) for node in ast.walk(tree))
+    return nodes / len(code), 100 * comments / len(code), walrus
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if not m.endswith("__init__.py")])
+def test_code_is_plain(module):
+    density, comments, walrus = measures(source(module))
+    assert density <= 7.5
+    assert walrus == 0
+    if module == "utils.py":
+        assert comments >= 10
+
+
+def test_the_measures_by_hand():
+    text = '"""Doc."""\nimport os\n\n# why\nx = 1  # one\nif (y := x):\n    pass\n'
+    # code lines: x = 1; if; pass. Nodes: Assign, Name, Constant; If, NamedExpr, 2 Names; Pass
+    assert measures(text) == (8 / 3, 200 / 3, 1)
