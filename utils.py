@@ -11,7 +11,7 @@ masks and task vectors have one currency: `dict[str, Tensor]`, keyed by paramete
     SparseSGDM           SGD with momentum that moves only the trainable entries
     sensitivity          the diagonal Fisher information, sample by sample
     masks                rules that score weights; calibration in rounds, central or federated
-    one local step       learning rate, precision, gradient
+    one local step       device, learning rate, precision, gradient
     federated averaging  a client's update, the cohort's, the round; the hooks of an algorithm
     the resumable loop   evaluation, epochs, rounds with checkpoints
     plumbing             data sets, backbones, heads, storage, training by name
@@ -138,15 +138,15 @@ class Config:
     # head: fitted to frozen features ("logistic", "lda", "ridge"), or random ("train"; a sparse run
     # first trains it alone, for head_rounds). Sparse runs freeze it, "probe" trains nothing else.
     head: Literal["logistic", "lda", "ridge", "train", "probe"] = "logistic"
-    head_rounds: Count = 30
-    head_l2: Positive = 1.0                # penalty on the squared weights, beside a sum over images
+    head_rounds: Count = 30                # of the probe that head="train" begins with
+    head_l2: Positive = 1.0                # penalty on squared weights, beside a sum over images
     # mask
     rule: str | None = None                # a name in RULES; None trains all weights
     sparsity: Annotated[float, Field(ge=0, le=1)] = 0.9  # s, share of the maskable weights frozen
     calibration_rounds: Annotated[int, Field(ge=1, lt=10_000)] = 4  # R
     calibration: Literal["central", "mean", "max", "vote"] = "central"  # or how clients combine
-    calibration_images: Count = 512        # scored in a calibration round, all clients together
-    calibration_clients: Share = 1.0       # share of the clients that score in a calibration round
+    calibration_images: Count = 512        # scored in a round of it, all clients together
+    calibration_clients: Share = 1.0       # share of the clients that score in a round of it
 
     def __post_init__(self):
         known = ["centralized", *ALGORITHMS]
@@ -160,8 +160,9 @@ class Config:
             raise ValueError(f"head='probe' trains nothing that rule={self.rule!r} could mask: "
                              "set rule=None, or another head")
         if self.classes_per_client and self.dirichlet_alpha:
-            raise ValueError(f"classes_per_client={self.classes_per_client} and dirichlet_alpha="
-                             f"{self.dirichlet_alpha:g} are two kinds of label skew: choose one")
+            raise ValueError(
+                f"classes_per_client={self.classes_per_client} and dirichlet_alpha="
+                f"{self.dirichlet_alpha:g} are two kinds of label skew: choose one")
 
     @property
     def centralized(self) -> bool:
@@ -173,12 +174,31 @@ class Config:
         return self.num_epochs if self.centralized else self.num_rounds
 
 
+# J * T = 512 steps, 11 epochs of a tenth of the clients: as many as a CPU does in minutes.
 _SMALL = dict(
-    weights="mini", arch="mini", image_size=32, batch_size=32, lr=0.1, num_rounds=128,
-    num_epochs=8, eval_every=16, head_rounds=32)
+    weights="mini",
+    arch="mini",
+    image_size=32,
+    batch_size=32,
+    lr=0.1,
+    num_rounds=128,
+    num_epochs=8,
+    eval_every=16,
+    head_rounds=32,
+)
+# Every code path of the suite, as fast as can be: its accuracies are not meant to be good.
 _DEMO = _SMALL | dict(
-    val_fraction=0.9, eval_images=500, participation=0.04, batch_size=16, lr=0.05, num_rounds=4,
-    num_epochs=2, eval_every=2, head_rounds=4, calibration_images=128)
+    val_fraction=0.9,
+    eval_images=500,
+    participation=0.04,
+    batch_size=16,
+    lr=0.05,
+    num_rounds=4,
+    num_epochs=2,
+    eval_every=2,
+    head_rounds=4,
+    calibration_images=128,
+)
 PRESETS = {
     "full": dict(),
     "lite": dict(image_size=96),
@@ -316,6 +336,11 @@ def source_sha256(thing: Callable) -> str:
         if base is object or base.__module__ == __name__:
             continue
         for name, member in sorted(vars(base).items()):
+            # What wraps a function shows an address, which differs in every process.
+            if isinstance(member, staticmethod | classmethod):
+                member = member.__func__
+            if isinstance(member, property):
+                member = member.fget
             if inspect.isfunction(member):
                 parts.append(_plain_source(member))
             elif not name.startswith("__"):
@@ -344,24 +369,6 @@ def _plain(source: str) -> str:
 # The code that runs is the code at import: a later edit of the file must not change its hash.
 _SOURCE = Path(__file__).read_text(encoding="utf-8")
 CODE_SHA256 = hashlib.sha256(_plain(_SOURCE).encode()).hexdigest()
-
-
-def register_algorithm(name: str, algorithm: type):
-    """Makes `Config(algorithm=name)` train by a subclass of `FedAvg`.
-
-    Registering a name again replaces it: its source is part of a run's key, so that nothing stored
-    is mistaken. Raises ValueError for a built-in name, TypeError for anything but a subclass.
-    """
-    if name in ("centralized", "fedavg"):
-        raise ValueError(f"algorithm {name!r} is built in: choose another name")
-    if not (inspect.isclass(algorithm) and issubclass(algorithm, FedAvg)):
-        raise TypeError(f"algorithm {name!r} must be a subclass of FedAvg, not {algorithm!r}")
-    wrong = set(algorithm.reads) - _ALGORITHM_FIELDS
-    if wrong:
-        raise ValueError(f"algorithm {name!r} reads {sorted(wrong)}, which are not among "
-                         f"{sorted(_ALGORITHM_FIELDS)}: make them constants of the class")
-    source_sha256(algorithm)  # fails here rather than in the middle of a grid
-    ALGORITHMS[name] = algorithm
 
 
 @dataclass(frozen=True)
@@ -430,8 +437,10 @@ def split(labels: np.ndarray, val_fraction: float, seed: int) -> tuple[np.ndarra
                          f"{np.shape(labels)} be a list of some")
     draw = rng("split", seed)
     train, val = [], []
+    # Class by class, so that validation is balanced as the test set is.
     for c in np.unique(labels):
-        members = draw.permutation(np.flatnonzero(labels == c))
+        members = np.flatnonzero(labels == c)
+        members = draw.permutation(members)
         cut = round(val_fraction * len(members))
         if not 0 < cut < len(members):
             raise ValueError(f"{val_fraction=} puts {cut} of the {len(members)} images of class "
@@ -484,6 +493,7 @@ def _shard_by_classes(labels: np.ndarray, num_clients: int, classes_per_client: 
 
     shards = [[] for _ in range(num_clients)]
     for c, count in enumerate(counts):
+        # Permuted, for the first owners get one image more where the class does not divide evenly.
         owners = draw.permutation(np.flatnonzero(owned[:, c]))
         if len(owners) > count:
             raise ValueError(f"{num_clients=} with {classes_per_client=} makes {len(owners)} "
@@ -502,6 +512,7 @@ def _shard_by_dirichlet(labels: np.ndarray, num_clients: int, alpha: float,
     classes, counts = np.unique(labels, return_counts=True)
     members = [draw.permutation(np.flatnonzero(labels == c)).tolist() for c in classes]
     left = counts.copy()
+    # Equal sizes, as in the paper: no client can come out empty.
     sizes = [len(part) for part in np.array_split(labels, num_clients)]
 
     shards = []
@@ -549,14 +560,18 @@ def augment(images: Tensor, draw: np.random.Generator, kind: str = "flip", pad: 
     top, left = draw.integers(0, 2 * moves + 1, (2, n, 1))
     flipped = draw.random((n, 1)) < 0.5
 
-    # One gather crops and flips: which pixel of the padded image goes to each place.
+    # One gather crops and flips: which pixel of the padded image goes to each place. An image at a
+    # time would cost more than the training step it feeds.
     rows = top + np.arange(height)
     columns = left + np.arange(width)
     columns = np.where(flipped, columns[:, ::-1], columns)
-    index = rows[:, :, None] * (width + 2 * moves) + columns[:, None, :]
-    index = torch.from_numpy(index).to(images.device, non_blocking=True).view(n, 1, -1)
+    padded_width = width + 2 * moves
+    index = rows[:, :, None] * padded_width + columns[:, None, :]
+    index = torch.from_numpy(index).to(images.device, non_blocking=True)
+    index = index.view(n, 1, -1).expand(-1, channels, -1)
+
     padded = F.pad(images, (moves,) * 4).flatten(2)
-    return padded.gather(2, index.expand(-1, channels, -1)).view_as(images)
+    return padded.gather(2, index).view_as(images)
 
 
 def normalize(images: Tensor, size: tuple[int, int]) -> Tensor:
@@ -662,6 +677,7 @@ class SparseSGDM(torch.optim.SGD):
         every = dict(named_params)
         named = {n: p for n, p in every.items() if p.requires_grad}
         if mask is not None:
+            # a missing name must raise here, not train unmasked
             _check_mask(mask, every, named)
         super().__init__(named.values(), lr, momentum, dampening, weight_decay, nesterov,
                          foreach=True)
@@ -699,10 +715,12 @@ def _check_mask(mask: Params, every: Params, named: Params):
     if wrong:
         raise KeyError(f"only one of mask and weights has {sorted(wrong)}")
     for n, p in named.items():
-        if mask[n].shape != p.shape:
-            raise ValueError(f"the mask of {n} has shape {tuple(mask[n].shape)}, its weight "
+        entries = mask[n]
+        if entries.shape != p.shape:
+            raise ValueError(f"the mask of {n} has shape {tuple(entries.shape)}, its weight "
                              f"{tuple(p.shape)}")
-        if mask[n].dtype != torch.bool and not ((mask[n] == 0) | (mask[n] == 1)).all():
+        zero_or_one = (entries == 0) | (entries == 1)
+        if not zero_or_one.all():
             raise ValueError(f"the mask of {n} has other values than 0 and 1")
 
 
@@ -726,6 +744,7 @@ def squared_gradients(layer: nn.Module, x: Tensor, d: Tensor) -> Params:
     x is the layer's input and d the objective's gradient with respect to its output, both with the
     sample first. A sample's weight gradient is the sum of d_t x_t' over its positions t.
     """
+    # To (sample, position, channel) for all kinds of layers; a convolution sees its patches.
     if isinstance(layer, nn.Conv2d):
         x = F.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
         x = x.transpose(1, 2)
@@ -738,8 +757,13 @@ def squared_gradients(layer: nn.Module, x: Tensor, d: Tensor) -> Params:
         weight = (d * normalized).sum(1)
     else:
         weight = torch.einsum("nto,nti->noi", d, x)
-    return {"weight": weight.square().sum(0).view_as(layer.weight),
-            "bias": d.sum(1).square().sum(0)}
+    bias = d.sum(1)
+
+    # Squared before the sum over samples: the other order would give a batch's gradient.
+    return {
+        "weight": weight.square().sum(0).view_as(layer.weight),
+        "bias": bias.square().sum(0),
+    }
 
 
 def sensitivity(model: nn.Module, images: Tensor, labels: Tensor | np.random.Generator,
@@ -764,11 +788,14 @@ def sensitivity(model: nn.Module, images: Tensor, labels: Tensor | np.random.Gen
     total = {n: torch.zeros_like(stored[n], dtype=torch.float64, device=precise_device(images))
              for n in names}
 
+    # A layer's input is known in the forward pass, the gradient of its output in the backward pass.
     def score_when_backward(module, layer, inputs, output):
         def accumulate(d):
-            for p, squares in squared_gradients(layer, inputs[0].detach(), d).items():
-                if f"{module}.{p}" in total:
-                    total[f"{module}.{p}"] += squares.to(precise_device(squares))
+            squares = squared_gradients(layer, inputs[0].detach(), d)
+            for p, values in squares.items():
+                name = f"{module}.{p}"
+                if name in total:
+                    total[name] += values.to(total[name].device)
         output.register_hook(accumulate)
 
     scored = {n.rpartition(".")[0] for n in names}
@@ -776,12 +803,17 @@ def sensitivity(model: nn.Module, images: Tensor, labels: Tensor | np.random.Gen
     model.eval()
     try:
         for i in range(0, len(images), chunk):
-            x = model_input(images[i:i + chunk], model).detach().requires_grad_()
+            x = model_input(images[i:i + chunk], model)
+            # The gradient is asked for the input, so that it passes through every layer on its way
+            # even where the weights themselves are frozen.
+            x = x.detach().requires_grad_()
             logits = torch.func.functional_call(model, stored | (weights or {}), (x,))
             log_p = logits.log_softmax(1)
-            y = labels[i:i + chunk] if isinstance(labels, Tensor) else _draw_labels(log_p, labels)
+            given = isinstance(labels, Tensor)
+            y = labels[i:i + chunk] if given else _draw_labels(log_p, labels)
             check_labels(y, len(x), log_p.shape[1])
-            torch.autograd.grad(log_p.gather(1, y[:, None]).sum(), x)
+            log_likelihood = log_p.gather(1, y[:, None]).sum()
+            torch.autograd.grad(log_likelihood, x)
     finally:
         for hook in hooks:
             hook.remove()
@@ -790,26 +822,19 @@ def sensitivity(model: nn.Module, images: Tensor, labels: Tensor | np.random.Gen
 
 def precise_device(tensor: Tensor) -> torch.device:
     """Where float64 sums over a tensor are kept: its own device, or the CPU for Apple's GPUs."""
+    # float32 would do for the sums of a few images, but not for those of a data set
     return torch.device("cpu") if tensor.device.type == "mps" else tensor.device
 
 
 def _draw_labels(log_p: Tensor, draw: np.random.Generator) -> Tensor:
     """One label for every row of log-probabilities (n, classes)."""
-    p = log_p.detach().to(precise_device(log_p)).double().exp()
-    uniform = torch.from_numpy(draw.random((len(p), 1))).to(p.device)
-    labels = torch.searchsorted(p.cumsum(1), uniform)[:, 0]
+    p = log_p.detach().to(precise_device(log_p))
+    cumulated = p.double().exp().cumsum(1)
+    uniform = torch.from_numpy(draw.random((len(p), 1)))
+    labels = torch.searchsorted(cumulated, uniform.to(p.device))[:, 0]
     # the sum may end below 1 by rounding
-    return labels.clamp(max=p.shape[1] - 1).to(log_p.device)
-
-
-def sample_labels(model: nn.Module, images: Tensor, seed: int, batch: int = 500) -> Tensor:
-    """Labels (n,) drawn from the model's own predictive distribution, in eval mode."""
-    draw = rng("labels", seed)
-    model.eval()
-    with torch.no_grad():
-        parts = [_draw_labels(model(model_input(x, model)).log_softmax(1), draw)
-                 for x in images.split(batch)]
-    return torch.cat(parts)
+    last = p.shape[1] - 1
+    return labels.clamp(max=last).to(log_p.device)
 
 
 def check_labels(labels: Tensor, n: int, num_classes: int):
@@ -833,9 +858,11 @@ def select_lowest(scores: Tensor, k: int, draw: np.random.Generator) -> Tensor:
         return torch.zeros_like(scores, dtype=torch.bool)
     cut = scores.kthvalue(k).values  # torch.quantile refuses more than 2^24 entries
     lowest = scores < cut
+    # Scores are often tied, at zero for instance: taking all that are <= cut would free too many.
     ties = (scores == cut).nonzero()[:, 0]
-    chosen = draw.permutation(len(ties))[:k - int(lowest.sum())]
-    lowest[ties[torch.from_numpy(chosen).to(ties.device)]] = True
+    missing = k - int(lowest.sum())
+    chosen = torch.from_numpy(draw.permutation(len(ties))[:missing])
+    lowest[ties[chosen.to(ties.device)]] = True
     return lowest
 
 
@@ -864,7 +891,10 @@ def _query_key(weights, fisher, draw):
     """Random entries of the query and key projections; others only where these do not suffice."""
     scores = _random(weights, fisher, draw)
     for n, part in scores.items():
-        queries_and_keys = len(part) // 3 * 2 if ".qkv." in n else 0
+        # timm keeps the three projections in one matrix, queries first, values last
+        queries_and_keys = 0
+        if ".qkv." in n:
+            queries_and_keys = len(part) // 3 * 2
         part[queries_and_keys:] += 1
     return scores
 
@@ -896,12 +926,13 @@ def calibrate_mask(model: nn.Module, images: Tensor | list[Tensor], *, rule: str
                          "number from 1")
     if combine not in ("mean", "max", "vote"):
         raise ValueError(f"{combine=} must be 'mean', 'max' or 'vote'")
-    weights = maskable(model)
+    # Scores are compared in float64, which some devices lack.
+    weights = {n: w.to(precise_device(w)) for n, w in maskable(model).items()}
     draw = rng("mask", seed)
     if not RULES[rule].needs_fisher:
         keep = round((1 - sparsity) * flatten(weights).numel())
         scores = _checked_scores(rule, weights, None, draw)
-        return unflatten(select_lowest(scores, keep, draw), weights)
+        return _on_device_of(model, select_lowest(scores, keep, draw))
 
     clients = [images] if isinstance(images, Tensor) else images
     labels = [labels] if isinstance(images, Tensor) else labels or [None] * len(clients)
@@ -913,16 +944,25 @@ def calibrate_mask(model: nn.Module, images: Tensor | list[Tensor], *, rule: str
     for r in range(1, rounds + 1):
         keep = round((1 - sparsity) ** (r / rounds) * len(active))
         # Without damping, deterministic scores would make every round after the first idle.
-        damped = {n: torch.where(mask, weights[n], damping * weights[n])
-                  for n, mask in unflatten(active, weights).items()}
-        scorers = np.sort(cohort(len(clients), participation, "scorers", seed, r))
+        damped = {n: w.where(_on_device_of(model, active)[n], damping * w)
+                  for n, w in maskable(model).items()}
         fresh = rng("labels", seed, r)
-        fishers = ((len(clients[k]), sensitivity(
-            model, clients[k], fresh if labels[k] is None else labels[k], chunk, damped))
-            for k in scorers)
-        scores = _combined_scores(rule, weights, fishers, combine, active, keep, draw)
+
+        def fishers(r=r, damped=damped, fresh=fresh):
+            for k in np.sort(cohort(len(clients), participation, "scorers", seed, r)):
+                y = fresh if labels[k] is None else labels[k]
+                yield len(clients[k]), sensitivity(model, clients[k], y, chunk, damped)
+
+        scores = _combined_scores(rule, weights, fishers(), combine, active, keep, draw)
+        # What is frozen never returns.
         active = select_lowest(scores.masked_fill(~active, math.inf), keep, draw)
-    return unflatten(active.to(flatten(weights).device), weights)
+    return _on_device_of(model, active)
+
+
+def _on_device_of(model: nn.Module, selected: Tensor) -> Params:
+    """A flat selection of the maskable weights as a mask beside them."""
+    like = maskable(model)
+    return {n: entries.to(like[n].device) for n, entries in unflatten(selected, like).items()}
 
 
 def _combined_scores(rule: str, weights: Params, fishers: Iterable[tuple[int, Params]],
@@ -932,7 +972,7 @@ def _combined_scores(rule: str, weights: Params, fishers: Iterable[tuple[int, Pa
     for number, fisher in fishers:
         if combine == "vote":
             scores = _checked_scores(rule, weights, fisher, draw)
-            scores = scores.masked_fill(~active.to(scores.device), math.inf)
+            scores = scores.masked_fill(~active, math.inf)
             part = -select_lowest(scores, keep, draw).double()
         elif combine == "max":
             part = flatten(fisher) / number
@@ -953,22 +993,30 @@ def _combined_scores(rule: str, weights: Params, fishers: Iterable[tuple[int, Pa
 def _checked_scores(rule: str, weights: Params, fisher: Params | None, draw) -> Tensor:
     scores = RULES[rule].score(weights, fisher, draw)
     check_layout(f"rule {rule!r}: its scores", scores, weights)
-    return flatten({n: scores[n].to(weights[n].device) for n in weights})
+    return flatten({n: scores[n].to(w.device) for n, w in weights.items()})
 
 
 def check_layout(what: str, found: Params, like: Params):
     """ValueError unless `found` is a dict with the names and shapes of `like`."""
     if not isinstance(found, dict):
         raise ValueError(f"{what} must be a dict by weight, not {type(found).__name__}")
-    wrong = {n for n in found.keys() | like.keys() if n not in found or n not in like}
-    wrong |= {n for n in found.keys() & like.keys()
-              if getattr(found[n], "shape", None) != like[n].shape}
+    shapes = {n: getattr(w, "shape", None) for n, w in found.items()}
+    wanted = {n: w.shape for n, w in like.items()}
+    wrong = sorted(n for n in shapes.keys() | wanted.keys() if shapes.get(n) != wanted.get(n))
     if wrong:
-        shapes = {n: tuple(getattr(p.get(n), "shape", ())) if n in p else "missing"
-                  for n in sorted(wrong)[:3] for p in [found]}
-        wanted = {n: tuple(like[n].shape) if n in like else "unknown" for n in sorted(wrong)[:3]}
-        raise ValueError(f"{what} must have the names and shapes of the weights: {len(wrong)} "
-                         f"differ, such as {shapes} where {wanted} is needed")
+        examples = {n: (shapes.get(n), wanted.get(n)) for n in wrong[:3]}
+        raise ValueError(f"{what} must have the names and shapes of the weights. (found, wanted) "
+                         f"differ for {len(wrong)} of them: {examples}")
+
+
+def check_tensors(what: str, found: Params):
+    """ValueError unless `found` is a dict of tensors by name."""
+    if not isinstance(found, dict):
+        raise ValueError(f"{what} must be a dict of tensors by name, not {type(found).__name__}")
+    wrong = {n: type(w).__name__ for n, w in found.items()
+             if not isinstance(n, str) or not isinstance(w, Tensor)}
+    if wrong:
+        raise ValueError(f"{what} must be tensors by name; it has {wrong}")
 
 
 def trainable_per_layer(mask: Params) -> dict[str, list[int]]:
@@ -987,6 +1035,19 @@ def trainable_per_layer(mask: Params) -> dict[str, list[int]]:
 
 
 # ------------------------------------------------------------------ one local step
+def device() -> torch.device:
+    """The GPU if there is one: CUDA's, else Apple's, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
+def hardware() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+
+
 def learning_rate(cfg: Config, progress: float) -> float:
     """The rate at `progress` in [0, 1) of the run: a pure function, so resuming cannot bend it."""
     if cfg.schedule == "cosine":
@@ -1031,9 +1092,8 @@ class Run:
 
     def load(self, params: Params):
         """Copies weights into the model."""
-        with torch.no_grad():
-            for n, p in self.trainable.items():
-                p.copy_(params[n])
+        own = list(self.weights().values())
+        torch._foreach_copy_(own, [params[n] for n in self.trainable])
 
     def weights(self) -> Params:
         """The model's trained weights, sharing its memory."""
@@ -1071,8 +1131,10 @@ def local_step(run: Run, optimizer: SparseSGDM, images: Tensor, labels: Tensor,
         for x, y in zip(images.split(part_size), labels.split(part_size), strict=True):
             with autocast(cfg, where):
                 logits = run.model(model_input(x, run.model))
-                part = F.cross_entropy(logits, y) * (len(x) / len(images))
+                mean = F.cross_entropy(logits, y)
+            part = mean * (len(x) / len(images))
             (part * loss_scale).backward()
+            # added on the device: asking for its value would make the CPU wait in every step
             loss += part.detach()
     except torch.OutOfMemoryError as error:
         raise torch.OutOfMemoryError(
@@ -1084,6 +1146,12 @@ def local_step(run: Run, optimizer: SparseSGDM, images: Tensor, labels: Tensor,
         torch._foreach_mul_(list(gradients.values()), 1 / loss_scale)
     if adjust is not None:
         adjust(gradients)
+        check_layout(f"algorithm {cfg.algorithm!r}: what local_gradient() leaves", gradients,
+                     run.trainable)
+        for n, p in run.trainable.items():
+            # Others may stand in their place: without this they would be ignored in silence.
+            if gradients[n] is not p.grad:
+                p.grad.copy_(gradients[n])
     optimizer.step()
     return loss
 
@@ -1092,9 +1160,11 @@ def batches(run: Run, order: np.ndarray, draw: np.random.Generator) -> Iterator:
     """The images of `order` (indices) in augmented batches of B, with their labels."""
     where = run.data.images.device
     index = torch.from_numpy(order).to(where, non_blocking=True)
-    for i in range(0, len(order), run.cfg.batch_size):
-        batch = index[i:i + run.cfg.batch_size]
-        yield augment(run.data.images[batch], draw, run.cfg.augmentation), run.data.labels[batch]
+    size = run.cfg.batch_size
+    for i in range(0, len(order), size):
+        batch = index[i:i + size]
+        images = augment(run.data.images[batch], draw, run.cfg.augmentation)
+        yield images, run.data.labels[batch]
 
 
 def check_finite(cfg: Config, where: torch.device, unit: int, lr: float, watched: dict):
@@ -1158,8 +1228,13 @@ class FedAvg:
     def local_gradient(self, gradients: Params, weights: Params, state: State, client: int):
         """Changes the gradients of one local step in place; `state.params` are the server's."""
 
-    def client_message(self, vector: Params, state: State, client: int, lr: float) -> Params:
-        """What the client sends beside its task vector: any tensors by name, nothing here."""
+    def client_message(self, run: Run, vector: Params, state: State, client: int,
+                       lr: float) -> Params:
+        """What the client sends beside its task vector: any tensors by name, nothing here.
+
+        `run.model` holds the client's weights and may be changed; the indices of its own images
+        (of `run.data`) are `run.shards[client]`.
+        """
         return {}
 
     def combine(self, vectors: list[Params], shares: list[float],
@@ -1179,6 +1254,24 @@ class FedAvg:
 
 
 ALGORITHMS["fedavg"] = FedAvg
+
+
+def register_algorithm(name: str, algorithm: type):
+    """Makes `Config(algorithm=name)` train by a subclass of `FedAvg`.
+
+    Registering a name again replaces it: its source is part of a run's key, so that nothing stored
+    is mistaken. Raises ValueError for a built-in name, TypeError for anything but a subclass.
+    """
+    if name in ("centralized", "fedavg"):
+        raise ValueError(f"algorithm {name!r} is built in: choose another name")
+    if not (inspect.isclass(algorithm) and issubclass(algorithm, FedAvg)):
+        raise TypeError(f"algorithm {name!r} must be a subclass of FedAvg, not {algorithm!r}")
+    wrong = set(algorithm.reads) - _ALGORITHM_FIELDS
+    if wrong:
+        raise ValueError(f"algorithm {name!r} reads {sorted(wrong)}, which are not among "
+                         f"{sorted(_ALGORITHM_FIELDS)}: make them constants of the class")
+    source_sha256(algorithm)  # fails here rather than in the middle of a grid
+    ALGORITHMS[name] = algorithm
 
 
 def client_update(run: Run, state: State, client: int, lr: float) -> ClientUpdate:
@@ -1206,7 +1299,8 @@ def client_update(run: Run, state: State, client: int, lr: float) -> ClientUpdat
     loss /= max(1, cfg.local_steps)
 
     vector = task_vector(weights, state.params)
-    message = run.algorithm.client_message(vector, state, client, lr)
+    message = run.algorithm.client_message(run, vector, state, client, lr)
+    check_tensors(f"algorithm {cfg.algorithm!r}: what client_message() returns", message)
     return ClientUpdate(client, loss, vector, message)
 
 
@@ -1230,8 +1324,8 @@ def accumulate_update(run: Run, state: State, answers: Iterable[ClientUpdate],
         if holds_cohort:
             vectors.append(answer.vector)
         else:
-            for n, w in total.items():
-                w.add_(answer.vector[n], alpha=share)
+            parts = [answer.vector[n] for n in total]
+            torch._foreach_add_(list(total.values()), parts, alpha=share)
 
     if holds_cohort:
         total = algorithm.combine(vectors, shares, messages)
@@ -1275,24 +1369,40 @@ def federated_round(run: Run, state: State, train_cohort=train_cohort) -> State:
     where = update.losses.device
     check_finite(cfg, where, state.round + 1, lr, watched)
 
-    params, algorithm_state = run.algorithm.server_step(state, update)
+    answer = run.algorithm.server_step(state, update)
     what = f"algorithm {cfg.algorithm!r}: what server_step() returns"
+    if not isinstance(answer, tuple) or len(answer) != 2 or not isinstance(answer[1], dict):
+        raise ValueError(f"{what} must be a pair: weights, and a dict of groups of named tensors")
+    params, algorithm_state = answer
     check_layout(what, params, state.params)
-    if not isinstance(algorithm_state, dict):
-        raise ValueError(f"{what} as the algorithm's state must be a dict of named tensors by name")
+    for group, tensors in algorithm_state.items():
+        check_tensors(f"{what} as the algorithm's state {group!r}", tensors)
     if run.mask is not None:
         # Frozen means frozen whatever a hook does.
         params = {n: torch.where(run.mask[n], params[n], w) for n, w in state.params.items()}
 
-    beside = sum(w.numel() for message in update.messages.values() for w in message.values())
-    sent = 4 * len(update.clients) * run.num_trainable()  # bytes, in float32
-    row = dict(round=state.round + 1, lr=lr, train_loss=sum(losses) / len(losses),
-               client_norm=client_norm, mean_norm=mean_norm,
-               bytes_up=sent + 4 * beside, bytes_down=sent + 4 * beside)
+    # Frozen entries need not travel: clients have them. What goes beside does, both ways.
+    entries = len(update.clients) * run.num_trainable()
+    for message in update.messages.values():
+        entries += sum(w.numel() for w in message.values())
+    row = dict(
+        round=state.round + 1,
+        lr=lr,
+        train_loss=sum(losses) / len(losses),
+        client_norm=client_norm,
+        mean_norm=mean_norm,
+        bytes_up=4 * entries,  # in float32
+        bytes_down=4 * entries,
+    )
     if len(update.clients) < len(drawn):
         row["lost"] = sorted(set(drawn) - set(update.clients))
-    return replace(state, params=params, algorithm_state=algorithm_state, round=row["round"],
-                   history=(*state.history, row))
+    return replace(
+        state,
+        params=params,
+        algorithm_state=algorithm_state,
+        round=row["round"],
+        history=(*state.history, row),
+    )
 
 
 # ------------------------------------------------------------------ the resumable loop
@@ -1309,14 +1419,21 @@ def evaluate(model: nn.Module, images: Tensor, labels: Tensor, batch: int = 500,
         logits = torch.cat([model(model_input(x, model)).float() for x in images.split(batch)])
     num_classes = logits.shape[1]
     check_labels(labels, len(images), num_classes)
-    top = logits.topk(min(5, num_classes)).indices
-    hits = top == labels[:, None]
-    per_class = [hits[labels == c, 0].float().mean().item() if (labels == c).any() else None
-                 for c in range(num_classes)]
+    top = logits.topk(min(5, num_classes)).indices.cpu()
+    hits = top == labels.cpu()[:, None]
+    first = hits[:, 0].double()
+
+    counts = torch.bincount(labels.cpu(), minlength=num_classes)
+    hits_per_class = torch.bincount(labels.cpu(), first, minlength=num_classes)
+    per_class = hits_per_class / counts  # NaN for a class without images, which JSON has not
     return dict(
-        loss=F.cross_entropy(logits, labels).item(), images=len(labels),
-        top1=hits[:, 0].sum().item() / len(labels), top5=hits.any(1).sum().item() / len(labels),
-        per_class=per_class, predictions=top[:, 0].to(torch.uint8).cpu().numpy())
+        loss=F.cross_entropy(logits, labels).item(),
+        images=len(labels),
+        top1=first.mean().item(),
+        top5=hits.any(1).double().mean().item(),
+        per_class=[None if math.isnan(share) else share for share in per_class.tolist()],
+        predictions=top[:, 0].to(torch.uint8).numpy(),
+    )
 
 
 def evaluate_run(run: Run, params: Params, part: str) -> dict:
@@ -1341,6 +1458,7 @@ def validate(run: Run, state: State) -> State:
                  {"validation loss": found["loss"]})
     row = row | {f"val_{k}": found[k] for k in ("loss", "top1", "top5")}
     if run.cfg.test_curve:
+        # to be drawn, never to be chosen by: nothing below reads it
         seen = evaluate_run(run, state.params, "test")
         row |= {f"test_{k}": seen[k] for k in ("loss", "top1")}
     best_so_far = max((r["val_top1"] for r in rows if "val_top1" in r), default=-1)
@@ -1368,14 +1486,23 @@ def centralized_epoch(run: Run, state: State) -> State:
         loss += local_step(run, optimizer, images, labels) / steps
 
     params = {n: w.clone() for n, w in run.weights().items()}
-    watched = {"training loss": loss.item(),
-               "squared norm of the weights": squared_norm(params).item()}
+    watched = {
+        "training loss": loss.item(),
+        "squared norm of the weights": squared_norm(params).item(),
+    }
     check_finite(cfg, loss.device, state.round + 1, lr, watched)
-    momentum = {n: optimizer.state[p]["momentum_buffer"].clone()
-                for n, p in run.trainable.items() if cfg.momentum}
+    momentum = {}
+    if cfg.momentum:
+        momentum = {n: optimizer.state[p]["momentum_buffer"].clone()
+                    for n, p in run.trainable.items()}
     row = dict(round=state.round + 1, lr=lr, train_loss=loss.item())
-    return replace(state, params=params, algorithm_state={"momentum": momentum},
-                   round=row["round"], history=(*state.history, row))
+    return replace(
+        state,
+        params=params,
+        algorithm_state={"momentum": momentum},
+        round=row["round"],
+        history=(*state.history, row),
+    )
 
 
 @contextmanager
@@ -1404,7 +1531,8 @@ def run_rounds(run: Run, store: "Store", state: State, step: Callable[[Run, Stat
     """
     cfg = run.cfg
     saved_at = time.monotonic()
-    state = replace(state, segments=(*state.segments, segment(cfg, state.round)))
+    if state.round < cfg.length:
+        state = replace(state, segments=(*state.segments, segment(cfg, state.round)))
     bar = tqdm(total=cfg.length, initial=state.round, desc=run_name(cfg), leave=False,
                disable=store.quiet)
     try:
@@ -1424,15 +1552,16 @@ def run_rounds(run: Run, store: "Store", state: State, step: Callable[[Run, Stat
                 if watch is not None:
                     watch(run, state)
             if state.round < cfg.length and time.monotonic() - saved_at >= 60 * store.minutes:
-                store.save(run, state)
+                with uninterrupted():
+                    store.save(run, state)
                 saved_at = time.monotonic()
     except KeyboardInterrupt:
         pass
     except FloatingPointError as error:
         state = replace(state, error=str(error))
-    finally:
+    # A second Ctrl-C may come at any moment: the rounds done so far are stored all the same.
+    with suppress(KeyboardInterrupt), uninterrupted():
         bar.close()
-    with suppress(KeyboardInterrupt):
         store.save(run, state)
     return state
 
@@ -1441,26 +1570,18 @@ def segment(cfg: Config, done: int) -> dict:
     """Where and by what the rounds after `done` are trained."""
     packages = ("torch", "torchvision", "timm", "numpy")
     return dict(
-        after_round=done, device=str(device()), hardware=hardware(),
-        precision=precision_name(cfg, device()), threads=torch.get_num_threads(),
-        python=platform.python_version(), versions={p: version(p) for p in packages},
-        code=CODE_SHA256)
+        after_round=done,
+        device=str(device()),
+        hardware=hardware(),
+        precision=precision_name(cfg, device()),
+        threads=torch.get_num_threads(),  # another number sums in another order
+        python=platform.python_version(),
+        versions={p: version(p) for p in packages},
+        code=CODE_SHA256,
+    )
 
 
-# ------------------------------------------------------------------ plumbing: device and data
-def device() -> torch.device:
-    """The GPU if there is one: CUDA's, else Apple's, else the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())
-    if torch.backends.mps.is_available():
-        return torch.device("mps")
-    return torch.device("cpu")
-
-
-def hardware() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
-
-
+# ------------------------------------------------------------------ plumbing: data
 def data_folder() -> Path:
     """$DATA_DIR, else data/ beside this file, wherever a notebook happens to run."""
     return Path(os.environ.get("DATA_DIR") or ROOT / "data").expanduser()
@@ -1503,13 +1624,14 @@ def images_per_class(dataset: str) -> int:
 
 def _synthetic(per_class: int) -> tuple[Tensor, Tensor]:
     """100 classes, each a smooth random pattern under noise: learnable, nothing to download."""
-    patterns = torch.from_numpy(rng("synthetic", 0).normal(size=(100, 3, 4, 4)))
-    patterns = F.interpolate(patterns, size=32, mode="bicubic")
+    patterns = rng("synthetic", 0).normal(size=(100, 3, 4, 4))
+    patterns = F.interpolate(torch.from_numpy(patterns), size=32, mode="bicubic")
     draw = rng("synthetic", per_class)
     images = []
     for pattern in patterns:
         noise = torch.from_numpy(draw.normal(size=(per_class, 3, 32, 32)))
-        images.append((128 + 40 * pattern + 40 * noise).clamp(0, 255).to(torch.uint8))
+        pixels = 128 + 40 * pattern + 40 * noise
+        images.append(pixels.clamp(0, 255).to(torch.uint8))
     return torch.cat(images), torch.arange(100).repeat_interleave(per_class)
 
 
@@ -1672,9 +1794,10 @@ def lda_head(sums: FeatureSums) -> Params:
     means = sums.target[:-1] / counts.clamp(min=1)
     within = (sums.gram[:-1, :-1] - (means * counts) @ means.T) / n
     # Features of a narrow data set may be dependent: a millionth of the variance keeps S regular.
-    within += 1e-6 * within.diagonal().mean() * torch.eye(len(within), device=within.device)
+    within.diagonal().add_(1e-6 * within.diagonal().mean())
     weight = torch.linalg.solve(within, means)
-    bias = (counts / n).clamp(min=1e-300).log() - (means * weight).sum(0) / 2
+    log_prior = (counts / n).clamp(min=1e-300).log()
+    bias = log_prior - (means * weight).sum(0) / 2
     bias = bias.where(present, bias[present].min() - 100)
     return _checked_head(weight.T, bias)
 
@@ -1691,29 +1814,40 @@ def logistic_head(parts: list[tuple[Tensor, Tensor]], num_classes: int, l2: floa
     sums = sum_feature_sums([feature_sums(x, y, num_classes) for x, y in parts])
     n = sums.gram[-1, -1]
     mean = sums.gram[-1, :-1] / n
-    std = (sums.gram.diagonal()[:-1] / n - mean.square()).clamp(min=1e-12).sqrt()
+    variance = sums.gram.diagonal()[:-1] / n - mean.square()
+    std = variance.clamp(min=1e-12).sqrt()
     where = mean.device
-    ready = [((x.to(where).double() - mean) / std, y.to(where)) for x, y in parts]
+    ready = []
+    for x, y in parts:
+        # Standardised features make the objective round, and L-BFGS fast.
+        standardized = (x.to(where).double() - mean) / std
+        ready.append((standardized, y.to(where)))
 
     def loss_and_gradient(flat):
-        w = torch.from_numpy(flat).to(where).view(num_classes, -1)
-        weight, bias = w[:, :-1], w[:, -1]
+        w = torch.from_numpy(flat).to(where)
+        w = w.view(num_classes, -1)
+        weight = w[:, :-1]
+        bias = w[:, -1]
         gradient = torch.zeros_like(w)
-        loss = l2 / 2 * weight.square().sum()
         gradient[:, :-1] = l2 * weight
+        loss = l2 / 2 * weight.square().sum()
         for x, y in ready:
-            log_p = (x @ weight.T + bias).log_softmax(1)
-            loss = loss - log_p.gather(1, y[:, None]).sum()
+            # what a client computes: with p the predicted and y the true class, X'(p - y)
+            logits = x @ weight.T + bias
+            log_p = logits.log_softmax(1)
+            loss -= log_p.gather(1, y[:, None]).sum()
             residual = log_p.exp()
-            residual[torch.arange(len(y), device=where), y] -= 1
+            residual -= F.one_hot(y, num_classes)
             gradient[:, :-1] += residual.T @ x
             gradient[:, -1] += residual.sum(0)
-        return (loss / n).item(), (gradient / n).cpu().numpy().ravel()
+        gradient /= n
+        return (loss / n).item(), gradient.cpu().numpy().ravel()
 
+    # Stopped by the gradient alone: the loss is flat long before the weights have settled.
+    options = dict(maxiter=2000, maxfun=4000, maxcor=20, gtol=tolerance, ftol=0)
     start = np.zeros(num_classes * (len(mean) + 1))
     found = scipy.optimize.minimize(
-        loss_and_gradient, start, jac=True, method="L-BFGS-B",
-        options=dict(maxiter=2000, maxfun=4000, maxcor=20, gtol=tolerance, ftol=0))
+        loss_and_gradient, start, jac=True, method="L-BFGS-B", options=options)
     steepest = abs(found.jac).max()
     if not steepest <= 10 * tolerance:
         raise ValueError(f"the logistic head did not converge: its gradient is {steepest:.2g} "
@@ -1745,18 +1879,21 @@ def fit_logit_scale(head: Params, x: Tensor, labels: Tensor) -> Params:
     weight, bias = (w.to(precise_device(x)) for w in head.values())
     labels = labels.to(weight.device)
     logits = x.to(weight.device).double() @ weight.T + bias
-    best_factor, lowest = 1.0, math.inf
+    best_factor = 1.0
+    lowest = math.inf
     for exponent in range(10):
-        losses = F.cross_entropy(2.0**exponent * logits, labels, reduction="none")
+        factor = 2.0**exponent
+        losses = F.cross_entropy(factor * logits, labels, reduction="none")
         # Where features fit perfectly no factor is too large, and the first step would explode:
         # factors that leave other classes less than a tenth of the probability are out.
         if losses.mean() < lowest and (-losses).exp().mean() <= 0.9:
-            best_factor, lowest = 2.0**exponent, losses.mean()
+            best_factor = factor
+            lowest = losses.mean()
     return {n: best_factor * w for n, w in head.items()}
 
 
 def fit_head(kind: str, parts: list[tuple[Tensor, Tensor]], num_classes: int, l2: float) -> Params:
-    """A "logistic", "lda" or "ridge" head on frozen features, a pair in `parts` a client; float32."""
+    """A "logistic", "lda" or "ridge" head on frozen features; float32. `parts`: a pair a client."""
     if kind == "logistic":
         head = logistic_head(parts, num_classes, l2)
     else:
@@ -1870,7 +2007,7 @@ class Store:
         """Waits until no other process on this machine trains the run; frees its stale files."""
         folder = self.root / "checkpoints" / run_name(cfg)
         folder.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(folder / "lock")
+        lock = filelock.FileLock(folder / "lock")  # dies with its process
         try:
             lock.acquire(blocking=False)
         except filelock.Timeout:
@@ -1905,10 +2042,12 @@ class Store:
         path = self.root / f"{run_name(cfg)}.json"
         if not path.is_file():
             return None
+        # read anew, not from a cache: another process may have written it meanwhile
         result = _parse_result(path)
         if result is None:
             # Whatever it is, it is kept; a run in its place is trained again from its checkpoint.
-            path.rename(path.with_suffix(".json.damaged"))
+            if not self.frozen:
+                path.rename(path.with_suffix(".json.damaged"))
             return None
         check_same_run(cfg, result["key"])
         return result
@@ -1921,6 +2060,7 @@ class Store:
         """
         cfg = run.cfg
         done = state.round == cfg.length and not state.error
+        # Frozen entries are those of the backbone: of a sparse run only the others are stored.
         groups = {"params": state.params}
         if state.best is not None and state.best is not state.params:
             groups["best"] = state.best
@@ -1930,23 +2070,27 @@ class Store:
             tensors |= {f"state/{group}:{n}": w for group, params in state.algorithm_state.items()
                         for n, w in params.items()}
         if run.mask:
+            # With the mask's bits inside, a lost cache or a calibration that comes out otherwise on
+            # another machine cannot put weights into wrong places.
             bits = flatten(run.mask).cpu().numpy()
             tensors["mask:"] = torch.from_numpy(np.packbits(bits))
             tensors |= {f"head:{n}": run.model.get_parameter(n).detach() for n in HEAD}
 
-        card = dict(key=run_key(cfg), backbone=run.provenance["backbone_sha256"],
-                    names=list(state.params))
+        card = dict(
+            key=run_key(cfg),
+            backbone=run.provenance["backbone_sha256"],
+            names=list(state.params),
+        )
         for name in ("round", "history", "best_round", "seconds", "segments"):
             card[name] = getattr(state, name)
         content = safetensors.torch.save({n: w.contiguous() for n, w in tensors.items()},
                                          {"card": json.dumps(card, allow_nan=False)})
         folder = f"checkpoints/{run_name(cfg)}"
         digest = hashlib.sha256(content).hexdigest()
-        with uninterrupted():
-            self.write(f"{folder}/{state.round:07d}_{digest}.safetensors", content)
-            keep = 1 if done else 2
-            for old in self.names(f"{folder}/*.safetensors")[:-keep]:
-                self.delete(old)
+        self.write(f"{folder}/{state.round:07d}_{digest}.safetensors", content)
+        keep = 1 if done else 2
+        for old in self.names(f"{folder}/*.safetensors")[:-keep]:
+            self.delete(old)
 
     def newest_checkpoint(self, cfg: Config) -> tuple[dict, Params] | None:
         """(card, tensors) of the newest sound checkpoint; ValueError where it is another run's."""
@@ -1984,12 +2128,13 @@ class Store:
 def write_whole(path: Path, content: bytes):
     """Writes beside the file and renames: a reader sees the old content or the new, never half."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    # with the process in its name, so that two that write the same file do not mix
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         with open(part, "wb") as file:
             file.write(content)
             file.flush()
-            os.fsync(file.fileno())
+            os.fsync(file.fileno())  # or a power cut could leave an empty file under the name
         os.replace(part, path)
     except OSError as error:
         with suppress(OSError):
@@ -2066,8 +2211,9 @@ def open_run(cfg: Config, store: Store | None = None, head: Params | None = None
     shards = []
     if not cfg.centralized:
         labels = data.labels.cpu().numpy()[data.train]
-        shards = [data.train[s] for s in shard(labels, cfg.num_clients, cfg.classes_per_client,
-                                               cfg.seed, cfg.dirichlet_alpha)]
+        parts = shard(labels, cfg.num_clients, cfg.classes_per_client, cfg.seed,
+                      cfg.dirichlet_alpha)
+        shards = [data.train[part] for part in parts]
 
     saved = store.newest_checkpoint(cfg) if store else None
     if saved is None and store and cfg.schedule == "constant":
@@ -2084,7 +2230,7 @@ def open_run(cfg: Config, store: Store | None = None, head: Params | None = None
     # The head first: the mask is calibrated with it.
     if cfg.head != "probe":
         fitted = cfg.head != "train" or cfg.rule
-        if head is None and fitted and (cfg.rule is None or mask is None):
+        if head is None and fitted and saved is None:
             head = make_head(cfg, store, data, model, shards, provenance["backbone_sha256"])
         if head is not None:
             model.load_state_dict(backbone(model) | head)
@@ -2121,7 +2267,7 @@ def trainable_names(cfg: Config, model: nn.Module, mask: Params | None,
 
 
 def on_features(data: Data, model: nn.Module) -> tuple[Data, nn.Module]:
-    """The data set as features of the frozen backbone, and the head alone: a probe takes seconds."""
+    """The data set as features of the frozen backbone, and the head alone: a probe is quick."""
     features = replace(data, images=extract_features(model, data.images),
                        test_images=extract_features(model, data.test_images))
     head = nn.Sequential()
@@ -2167,9 +2313,14 @@ def make_mask(cfg: Config, store: Store | None, data: Data, model: nn.Module,
     size = max(1, cfg.calibration_images // cohort_size(len(groups), share))
     draw = rng("mask", cfg.seed, 1)
     index = [draw.permutation(group)[:size].tolist() for group in groups]
-    options = dict(rule=cfg.rule, sparsity=cfg.sparsity, rounds=cfg.calibration_rounds,
-                   seed=cfg.seed, participation=share,
-                   combine="mean" if central else cfg.calibration)
+    options = dict(
+        rule=cfg.rule,
+        sparsity=cfg.sparsity,
+        rounds=cfg.calibration_rounds,
+        seed=cfg.seed,
+        participation=share,
+        combine="mean" if central else cfg.calibration,
+    )
 
     def calibrate():
         chunk = 8 if device().type == "cpu" else 32
@@ -2189,9 +2340,13 @@ def mask_provenance(cfg: Config, mask: Params) -> dict:
         scorers = cfg.calibration_rounds * cohort_size(cfg.num_clients, cfg.calibration_clients)
     bits = 1 if cfg.calibration == "vote" else 32  # a bitmap, or a float32 a weight
     entries = sum(m.numel() for m in mask.values())
-    return dict(sha256=tensors_sha256(mask), trainable=sum(int(m.sum()) for m in mask.values()),
-                maskable=entries, per_layer=trainable_per_layer(mask),
-                bytes_up=bits * entries // 8 * scorers)
+    return dict(
+        sha256=tensors_sha256(mask),
+        trainable=sum(int(m.sum()) for m in mask.values()),
+        maskable=entries,
+        per_layer=trainable_per_layer(mask),
+        bytes_up=bits * entries // 8 * scorers,
+    )
 
 
 def _saved_mask(tensors: Params, like: Params) -> Params | None:
@@ -2228,9 +2383,16 @@ def _saved_state(run: Run, start: State, card: dict, tensors: Params) -> State:
         check_layout(f"the checkpoint of {run_name(run.cfg)}", params, start.params)
         weights[group] = params
     algorithm_state = {group.removeprefix("state/"): params for group, params in groups.items()}
-    return State(weights["params"], card["round"], tuple(card["history"]), algorithm_state,
-                 weights.get("best", weights["params"]), card["best_round"], card["seconds"],
-                 tuple(card["segments"]))
+    return State(
+        params=weights["params"],
+        round=card["round"],
+        history=tuple(card["history"]),
+        algorithm_state=algorithm_state,
+        best=weights.get("best", weights["params"]),
+        best_round=card["best_round"],
+        seconds=card["seconds"],
+        segments=tuple(card["segments"]),
+    )
 
 
 def _shorter_checkpoint(cfg: Config, store: Store) -> tuple[dict, Params] | None:
@@ -2304,16 +2466,25 @@ def _train_now(cfg: Config, store: Store, test: bool, step, stop_at: float, watc
         np.save(predictions, last.pop("predictions"))
         store.write(f"{run_name(cfg)}.npy", predictions.getvalue())
         scores["test"] = last
-        best = evaluate_run(run, state.best, "test")
+        best = last if state.best_round == state.round else evaluate_run(run, state.best, "test")
         scores["test_of_best"] = {k: best[k] for k in ("loss", "top1", "top5")}
     return _store_result(cfg, store, state, run.provenance, scores)
 
 
 def _store_result(cfg: Config, store: Store, state: State, provenance: dict, scores: dict) -> dict:
     result = dict(
-        run=run_name(cfg), status="diverged" if state.error else "finished", error=state.error,
-        config=asdict(cfg), key=run_key(cfg), **provenance, history=state.history,
-        best_round=state.best_round, seconds=state.seconds, segments=state.segments, **scores)
+        run=run_name(cfg),
+        status="diverged" if state.error else "finished",
+        error=state.error,
+        config=asdict(cfg),
+        key=run_key(cfg),
+        **provenance,
+        history=state.history,
+        best_round=state.best_round,
+        seconds=state.seconds,
+        segments=state.segments,
+        **scores,
+    )
     store.write(f"{run_name(cfg)}.json", to_json(result))
     return store.result(cfg)
 
