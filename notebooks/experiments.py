@@ -1,0 +1,1564 @@
+"""What is run: every experiment once, its search for learning rates, its results as tables.
+
+Notebooks, the report and `make budget` all read this file; nothing here draws. In reading order:
+
+    session       where a preset's runs live, with which seeds, workers and deadline
+    scale         the values of every experiment, by preset, and why
+    experiments   session -> {label: Config}, all of them in the table SECTIONS
+    rate search   a ladder of learning rates that goes on until its best is bracketed
+    training      many runs, one after the other or side by side in processes of their own
+    tables        stored results as pandas frames, and which of them are of other code
+    statistics    intervals over seeds, paired comparisons, equivalence
+    budget        what a preset costs, counted from the configurations
+    command line  python -m notebooks.experiments run SECTION | budget
+
+To change what an experiment runs, edit SCALES; to add one, write a function and a row in SECTIONS.
+"""
+import argparse
+import importlib
+import io
+import json
+import math
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+import threading
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, fields, replace
+from functools import lru_cache
+from multiprocessing.connection import wait
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import timm
+import torch
+from scipy import stats
+from statsmodels.stats.contingency_tables import mcnemar
+from statsmodels.stats.multitest import multipletests
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm.auto import tqdm
+
+import utils
+from utils import (
+    ALGORITHMS,
+    CODE_SHA256,
+    ROOT,
+    RULES,
+    Config,
+    Store,
+    cohort_size,
+    device,
+    hardware,
+    load_data,
+    open_run,
+    preset,
+    run_key,
+    run_name,
+    sensitivity,
+    train,
+)
+
+Label = tuple           # what tells an experiment's cells apart, such as ("random", "Nc=1")
+Cells = dict[Label, Config]
+Watch = Callable[[Config, tuple[dict, ...]], None]  # called with a run and its history so far
+
+
+# ------------------------------------------------------------------ session
+@dataclass(frozen=True)
+class Session:
+    """Where a preset's runs live and how they are trained; made by `open_session`."""
+    preset: str
+    base: Config                 # the preset's configuration, which every experiment changes
+    store: Store
+    figures: Path
+    seeds: tuple[int, ...]
+    workers: int
+    stop_at: float = math.inf    # seconds of time.monotonic
+    figures_backup: Path | None = None
+    tensorboard: bool = False
+
+    @property
+    def scale(self) -> "Scale":
+        return SCALES[self.preset]
+
+
+def open_session(preset_name: str, seeds: int | Iterable[int] | None = None,
+                 drive: Path | None = None, hours: float | None = None, on_cpu: bool = False,
+                 workers: int | None = None, tensorboard: bool = False) -> Session:
+    """The session of a preset.
+
+    `seeds` is their number or a list of them (default: 3, in "demo" 1). Results are in results/ of
+    the project or in $RESULTS_DIR, figures in figures/ or in $RESULTS_DIR/figures, those of "demo"
+    in folders of their own; with a `drive` folder both are copied there. `hours` is the time after
+    which training stops by itself. `workers` is how many runs are trained side by side (default: 1
+    on a GPU, else the number of cores). TRAIN=no in the environment freezes the store. "demo"
+    takes synthetic images where CIFAR-100 cannot be had, with a warning.
+
+    Raises ValueError for an unknown preset, and RuntimeError where "full" or "lite" would train
+    without a GPU, unless `on_cpu`.
+    """
+    base = preset(preset_name)
+    frozen = os.environ.get("TRAIN") == "no"
+    needs_gpu = preset_name in ("full", "lite")
+    if needs_gpu and device().type == "cpu" and not (on_cpu or frozen):
+        raise RuntimeError(
+            f"Preset {preset_name!r} is for a GPU and this machine has none: a single run would "
+            "take days. In Colab choose Runtime > Change runtime type > T4 GPU; or set "
+            "PRESET = 'small', which is for a CPU; or ask for it with ON_CPU = True.")
+    if preset_name == "demo":
+        base = utils.or_synthetic(base)
+    if seeds is None:
+        seeds = 1 if preset_name == "demo" else 3
+    if isinstance(seeds, int):
+        seeds = range(seeds)
+    if workers is None:
+        workers = 1 if device().type != "cpu" else os.cpu_count() or 1
+
+    part = "demo" if preset_name == "demo" else ""
+    root, figures = _folders(drive, part)
+    backup = None
+    figures_backup = None
+    if drive is not None:
+        backup = Path(drive).expanduser() / "results" / part
+        figures_backup = Path(drive).expanduser() / "figures" / part
+    stop_at = math.inf
+    if hours is not None:
+        stop_at = time.monotonic() + 3600 * hours
+    return Session(preset_name, base, Store(root, backup, frozen=frozen), figures, tuple(seeds),
+                   max(1, workers), stop_at, figures_backup, tensorboard)
+
+
+def _folders(drive: Path | None, part: str) -> tuple[Path, Path]:
+    """Working copies of results and figures; `part` is "demo" or ""."""
+    asked = os.environ.get("RESULTS_DIR")
+    if asked:
+        home = Path(asked).expanduser()
+        return home / part, home / "figures" / part
+    home = ROOT
+    if drive is not None and ROOT.is_relative_to(Path(drive).expanduser()):
+        home = Path.cwd()  # the project itself is on the drive, which is slow
+    return home / "results" / part, home / "figures" / part
+
+
+def write_figure(session: Session, name: str, content: bytes) -> Path:
+    """Writes figures/<name>, and its copy on the drive; where it is now."""
+    path = session.figures / name
+    utils.write_whole(path, content)
+    if session.figures_backup is not None:
+        try:
+            utils.write_whole(session.figures_backup / name, content)
+        except OSError as error:
+            warnings.warn(f"{name} could not be copied to the drive: {error}", stacklevel=2)
+    return path
+
+
+# ------------------------------------------------------------------ scale
+@dataclass(frozen=True)
+class Scale:
+    """The values of every experiment in one preset. Lengths are J * T, local steps of a run."""
+    headline: int                  # FedAvg IID and the six models
+    sweep: int                     # everything that has many cells
+    protocol: int
+    search: int | None             # of a rate's search; None: the length of the run itself
+    searches: bool                 # False takes the first guesses
+    lengths: tuple[int, ...]       # of FedAvg IID, until it has converged
+    epochs: tuple[int, ...]        # of centralised training, the last being the baseline's
+    search_epochs: int
+    decays: tuple[float, ...]
+    batches: tuple[int, ...]
+    schedules: tuple[str, ...]
+    shardings: tuple               # Nc of the grid; None is IID
+    local_steps: tuple[int, ...]   # J of the grid
+    nc: int                        # "non-IID" of the six models
+    sparsities: tuple[float, ...]
+    calibration_rounds: tuple[int, ...]
+    sweep_shardings: tuple         # of the sweeps over sparsity and calibration rounds
+    rules: tuple[str, ...]
+    rule_shardings: tuple
+    map_rules: tuple               # of the map of accuracy against rate; None is dense
+    map_shardings: tuple
+    map_rates: tuple[float, ...]
+    consensus: tuple[tuple[str, float], ...]  # how clients' scores combine, share of the clients
+    skews: tuple                   # Nc of consensus and methods
+    # Cells whose rate is searched at another's: {Nc: Nc} and {J: J}
+    sharding_stand_ins: dict = field(default_factory=dict)
+    steps_stand_ins: dict = field(default_factory=dict)
+
+
+ALL_RULES = ("least_sensitive", "most_sensitive", "lowest_magnitude", "highest_magnitude",
+             "random", "query_key")
+CONSENSUS = (("central", 1.0), ("mean", 1.0), ("max", 1.0), ("vote", 1.0), ("mean", 0.1),
+             ("max", 0.1), ("vote", 0.1))
+
+# small: lengths at which a doubling gains little; every cell's rate at its own length.
+_SMALL = Scale(
+    headline=512, sweep=256, protocol=128, search=None, searches=True, lengths=(512, 1024, 2048),
+    epochs=(1, 2, 4, 8, 16), search_epochs=2, decays=(1e-4, 5e-4, 5e-3), batches=(32, 64, 128),
+    schedules=("cosine", "constant", "step", "warmup_cosine"),
+    shardings=(None, 50, 10, 5, 1), local_steps=(4, 8, 16), nc=10,
+    sparsities=(0.5, 0.8, 0.9, 0.95, 0.99), calibration_rounds=(1, 2, 4, 8),
+    sweep_shardings=(None, 10, 1), rules=ALL_RULES, rule_shardings=(None, 10, 5, 1),
+    map_rules=(None, "least_sensitive", "most_sensitive", "random", "query_key"),
+    map_shardings=(None, 10, 1), map_rates=(0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0),
+    consensus=CONSENSUS, skews=(10, 1))
+
+# lite and full: a T4 for hours, not days. A search costs four runs, so rates are searched at a
+# quarter of the sweeps' length, at three shardings and one J; what is shown is as long as it can be.
+_T4 = replace(
+    _SMALL, headline=512, sweep=256, protocol=64, search=64, lengths=(512, 1024),
+    epochs=(1, 2, 4, 8), search_epochs=1, decays=(1e-4, 5e-4), batches=(64, 128),
+    map_rules=(None, "least_sensitive", "random"), map_shardings=(None, 1),
+    map_rates=(3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1),
+    sharding_stand_ins={50: None, 5: 10}, steps_stand_ins={8: 4, 16: 4})
+
+# demo: every line of code in minutes; its accuracies say nothing.
+_DEMO = replace(
+    _SMALL, headline=16, sweep=16, protocol=8, searches=False, lengths=(16,), epochs=(1, 2),
+    search_epochs=1, decays=(5e-4,), batches=(64,), schedules=("cosine", "constant"),
+    nc=10, sparsities=(0.5, 0.9), calibration_rounds=(1, 4), sweep_shardings=(None, 10),
+    rule_shardings=(None, 1), map_rules=(None, "least_sensitive"), map_shardings=(None,),
+    map_rates=(0.03, 0.1), consensus=tuple((how, 0.1) for how, _ in CONSENSUS[:4]), skews=(5,))
+
+SCALES = {"full": _T4, "lite": _T4, "small": _SMALL, "demo": _DEMO}
+
+
+# ------------------------------------------------------------------ experiments
+def sharding_label(cfg: Config) -> str:
+    """"IID", "Nc=10", "Dir(0.3)" or "centralised"."""
+    if cfg.centralized:
+        return "centralised"
+    if cfg.classes_per_client:
+        return f"Nc={cfg.classes_per_client}"
+    if cfg.dirichlet_alpha:
+        return f"Dir({cfg.dirichlet_alpha:g})"
+    return "IID"
+
+
+def nc_label(nc: int | None) -> str:
+    return "IID" if nc is None else f"Nc={nc}"
+
+
+def rule_label(rule: str | None) -> str:
+    return rule or "dense"
+
+
+def with_steps(cfg: Config, steps: int) -> Config:
+    """`cfg` with T so that J * T = `steps`, evaluated eight times on the way."""
+    rounds = max(1, steps // max(1, cfg.local_steps))
+    return replace(cfg, num_rounds=rounds, eval_every=max(1, rounds // 8))
+
+
+def protocol(session: Session) -> Cells:
+    """Augmentation x head x (dense, sparse), IID: what the defaults follow from."""
+    cells = {}
+    for augmentation in ("none", "flip", "crop_flip"):
+        for head in ("logistic", "lda", "ridge"):
+            for rule in (None, "least_sensitive"):
+                cfg = with_steps(session.base, session.scale.protocol)
+                cfg = replace(cfg, augmentation=augmentation, head=head, rule=rule)
+                cfg = replace(cfg, lr=first_guess(cfg))
+                cells[augmentation, head, rule_label(rule)] = cfg
+    return cells
+
+
+def _centralized_base(session: Session) -> Config:
+    base = session.base
+    cfg = replace(base, algorithm="centralized", num_epochs=session.scale.search_epochs,
+                  eval_every=1)
+    return replace(cfg, lr=first_guess(cfg))
+
+
+def centralized_decays(session: Session) -> Cells:
+    """Weight decay, each at its own rate, after a few epochs."""
+    base = _centralized_base(session)
+    cells = {(wd,): replace(base, weight_decay=wd) for wd in session.scale.decays}
+    return {label: at_own_rate(cfg, session) for label, cfg in cells.items()}
+
+
+def centralized_batches(session: Session) -> Cells:
+    """Batch size at the best weight decay, each at its own rate."""
+    start = best(centralized_decays(session).values(), session.store)
+    cells = {(b,): replace(start, batch_size=b) for b in session.scale.batches}
+    return {label: at_own_rate(cfg, session) for label, cfg in cells.items()}
+
+
+def centralized_schedules(session: Session) -> Cells:
+    """Schedule at the best weight decay and batch size, each at its own rate."""
+    start = best(centralized_batches(session).values(), session.store)
+    cells = {(s,): replace(start, schedule=s) for s in session.scale.schedules}
+    return {label: at_own_rate(cfg, session) for label, cfg in cells.items()}
+
+
+def best_centralized(session: Session) -> Config:
+    """The centralised configuration that was chosen on validation, at its final length."""
+    start = best(centralized_schedules(session).values(), session.store)
+    return at_own_rate(replace(start, num_epochs=session.scale.epochs[-1]), session)
+
+
+def centralized(session: Session) -> Cells:
+    """The centralised baseline, with curves on the test set that no choice ever reads."""
+    return {("centralised",): replace(best_centralized(session), test_curve=True)}
+
+
+def centralized_epochs(session: Session) -> Cells:
+    """The baseline's configuration at other lengths."""
+    cfg = replace(best_centralized(session), test_curve=True)
+    return {(n,): replace(cfg, num_epochs=n) for n in session.scale.epochs}
+
+
+def fedavg_iid(session: Session) -> Cells:
+    """FedAvg with IID clients at lengths that double: has it converged?"""
+    scale = session.scale
+    cfg = at_own_rate(with_steps(session.base, scale.headline), session)
+    cells = {}
+    for steps in scale.lengths:
+        longer = with_steps(cfg, steps)
+        cells[longer.num_rounds,] = longer
+    return cells
+
+
+def grid(session: Session) -> Cells:
+    """Sharding x local steps J, with J * T constant, each at its own rate."""
+    scale = session.scale
+    cells = {}
+    for j in scale.local_steps:
+        for nc in scale.shardings:
+            cfg = replace(session.base, classes_per_client=nc, local_steps=j)
+            cells[nc_label(nc), j] = at_own_rate(with_steps(cfg, scale.sweep), session)
+    return cells
+
+
+def six_models(session: Session) -> Cells:
+    """{centralised, FedAvg IID, FedAvg non-IID} x {dense, sparse}, each at its own rate."""
+    scale = session.scale
+    dense = {
+        "centralised": best_centralized(session),
+        "IID": with_steps(session.base, scale.headline),
+        nc_label(scale.nc): with_steps(replace(session.base, classes_per_client=scale.nc),
+                                       scale.headline),
+    }
+    cells = {}
+    for where, cfg in dense.items():
+        for rule in (None, "least_sensitive"):
+            model = replace(cfg, rule=rule, lr=session.base.lr)
+            cells[where, "sparse" if rule else "dense"] = at_own_rate(model, session)
+    return cells
+
+
+def _sparse(session: Session, nc: int | None, **changes) -> Config:
+    cfg = replace(session.base, rule="least_sensitive", classes_per_client=nc, **changes)
+    return at_own_rate(with_steps(cfg, session.scale.sweep), session)
+
+
+def sparsity(session: Session) -> Cells:
+    """Share of the weights that the mask freezes, each at its own rate."""
+    return {(nc_label(nc), s): _sparse(session, nc, sparsity=s)
+            for s in session.scale.sparsities for nc in session.scale.sweep_shardings}
+
+
+def calibration(session: Session) -> Cells:
+    """Number of calibration rounds R, each at its own rate."""
+    return {(nc_label(nc), r): _sparse(session, nc, calibration_rounds=r)
+            for r in session.scale.calibration_rounds for nc in session.scale.sweep_shardings}
+
+
+def rules(session: Session) -> Cells:
+    """Mask rules, and all weights, by sharding, each at its own rate."""
+    scale = session.scale
+    cells = {}
+    for nc in scale.rule_shardings:
+        for rule in (None, *scale.rules):
+            cfg = replace(session.base, rule=rule, classes_per_client=nc)
+            cfg = at_own_rate(with_steps(cfg, scale.sweep), session)
+            cells[rule_label(rule), nc_label(nc)] = cfg
+    return cells
+
+
+def rate_map(session: Session) -> Cells:
+    """Accuracy against the rate, by rule and sharding; shares runs with the ladders."""
+    scale = session.scale
+    cells = {}
+    for nc in scale.map_shardings:
+        for rule in scale.map_rules:
+            cfg = replace(session.base, rule=rule, classes_per_client=nc)
+            cfg = searched_like(with_steps(cfg, scale.sweep), session)
+            for lr in scale.map_rates:
+                cells[rule_label(rule), nc_label(nc), lr] = replace(cfg, lr=lr)
+    return cells
+
+
+def speed_matched(session: Session) -> Cells:
+    """Rules at rates proportional to 1 / (Fisher mass freed); "random" keeps its own."""
+    scale = session.scale
+    cells = {}
+    for nc in scale.map_shardings:
+        at_sweep = with_steps(replace(session.base, classes_per_client=nc), scale.sweep)
+        reference = at_own_rate(replace(at_sweep, rule="random"), session)
+        mass = fisher_mass(reference, session.store)
+        for rule in scale.rules:
+            cfg = replace(reference, rule=rule)
+            own = fisher_mass(cfg, session.store)
+            # Of a frozen store without masses the cells can be counted, not trained.
+            factor = mass / own if mass and own else 2
+            if rule != "random":
+                cfg = replace(cfg, lr=float(f"{reference.lr * factor:.3g}"))
+            cells[rule_label(rule), nc_label(nc)] = cfg
+    return cells
+
+
+def fisher_mass(cfg: Config, store: Store) -> float | None:
+    """Share of the Fisher information (a trace) on the weights that the run's mask frees.
+
+    Scored once, on `calibration_images` of the training part, at the start; kept in the store's
+    notes. None in a frozen store that has none.
+    """
+    # what the mask depends on, and nothing that training alone reads
+    like = replace(cfg, lr=1e-3, num_rounds=1, local_steps=0, classes_per_client=None)
+
+    def compute():
+        run, _ = open_run(like, store)
+        draw = utils.rng("mask", cfg.seed, 1)
+        index = draw.permutation(run.data.train)[:cfg.calibration_images]
+        fisher = sensitivity(run.model, run.data.images[index], utils.rng("labels", cfg.seed))
+        total = sum(f.sum().item() for f in fisher.values())
+        freed = sum(f[run.mask[n].to(f.device)].sum().item() for n, f in fisher.items())
+        return {"mass": freed / total}
+    return store.compute_or_load("fisher_mass", run_key(like), compute).get("mass")
+
+
+def consensus(session: Session) -> Cells:
+    """Who calibrates: one place, or clients whose scores the server combines.
+
+    At the rate of the centrally calibrated mask: the masks are nearly the same.
+    """
+    cells = {}
+    for nc in session.scale.skews:
+        start = _sparse(session, nc)
+        for how, share in session.scale.consensus:
+            cfg = replace(start, calibration=how, calibration_clients=share)
+            cells[how, share, nc_label(nc)] = cfg
+    return cells
+
+
+# What the server does beyond FedAvg, in the names of notebooks/extension.py.
+METHODS = {
+    "FedAvg": {},
+    "FedExP": dict(algorithm="fedexp"),
+    "FedAvgM": dict(algorithm="fedavgm", server_lr=0.3),
+    "FedAdam": dict(algorithm="fedadam", server_lr=1e-3),
+    "FedProx": dict(algorithm="fedprox"),
+    "SCAFFOLD": dict(algorithm="scaffold"),
+}
+
+
+def methods(session: Session) -> Cells:
+    """Server algorithms and merges, dense and masked, each at its own rate."""
+    cells = {}
+    for nc in session.scale.skews:
+        for rule in (None, "least_sensitive"):
+            for label, changes in METHODS.items():
+                if changes.get("algorithm", "fedavg") not in ALGORITHMS:
+                    continue
+                cfg = replace(session.base, classes_per_client=nc, rule=rule, **changes)
+                cfg = at_own_rate(with_steps(cfg, session.scale.sweep), session)
+                cells[label, "masked" if rule else "dense", nc_label(nc)] = cfg
+    return cells
+
+
+@dataclass(frozen=True)
+class Section:
+    """One experiment: its cells, and how they are run."""
+    notebook: str                   # that shows it
+    cells: Callable[[Session], Cells]
+    columns: tuple[str, ...]        # what the parts of a label are
+    searched: bool = True           # every cell's rate is searched first
+    every_seed: bool = True         # False: seed 0 alone
+    test: bool = True               # False: a choice, made on validation alone
+
+
+# In the order in which they tell most: within a notebook and over all of them.
+SECTIONS = {
+    "protocol": Section("02", protocol, ("augmentation", "head", "weights trained"),
+                        searched=False, every_seed=False, test=False),
+    "centralized_decays": Section("01", centralized_decays, ("weight_decay",),
+                                  every_seed=False, test=False),
+    "centralized_batches": Section("01", centralized_batches, ("batch_size",),
+                                   every_seed=False, test=False),
+    "centralized_schedules": Section("01", centralized_schedules, ("schedule",),
+                                     every_seed=False, test=False),
+    "centralized": Section("01", centralized, ("model",)),
+    "centralized_epochs": Section("01", centralized_epochs, ("epochs",), searched=False,
+                                  every_seed=False),
+    "fedavg_iid": Section("02", fedavg_iid, ("rounds",)),
+    "grid": Section("03", grid, ("sharding", "local_steps")),
+    "six_models": Section("04", six_models, ("data", "weights trained")),
+    "sparsity": Section("04", sparsity, ("sharding", "sparsity")),
+    "calibration": Section("04", calibration, ("sharding", "calibration_rounds")),
+    "rules": Section("05", rules, ("rule", "sharding")),
+    "rate_map": Section("05", rate_map, ("rule", "sharding", "lr"), searched=False,
+                        every_seed=False, test=False),
+    "speed_matched": Section("05", speed_matched, ("rule", "sharding"), searched=False),
+    "methods": Section("05", methods, ("method", "weights trained", "sharding")),
+    "consensus": Section("05", consensus, ("combined by", "share of clients", "sharding")),
+}
+
+
+def section_runs(name: str, session: Session) -> list[Config]:
+    """The runs of a section, all of seed 0 before any of the next."""
+    section = SECTIONS[name]
+    seeds = session.seeds if section.every_seed else session.seeds[:1]
+    return [replace(cfg, seed=s) for s in seeds for cfg in section.cells(session).values()]
+
+
+def run_section(name: str, session: Session, watch: Watch | None = None) -> list[Config]:
+    """Searches the rates of a section and trains its runs; what is left of them, if anything."""
+    section = SECTIONS[name]
+    if section.searched and session.scale.searches:
+        found = search_rates(section.cells(session).values(), session, watch)
+        if not all(ladder.finished for ladder in found):
+            return section_runs(name, session)
+    return train_all(section_runs(name, session), session, section.test, watch)
+
+
+# ------------------------------------------------------------------ rate search
+LADDER_LIMIT = 14   # rungs on either side of the first guess: seven decades
+
+
+def rate_of(rung: int) -> float:
+    """The ladder's rates: ..., 1e-3, 3e-3, 1e-2, 3e-2, ...; rung 0 is 1."""
+    digit = 3 if rung % 2 else 1
+    return float(f"{digit}e{rung // 2}")
+
+
+def rung_of(lr: float) -> int:
+    """The rung nearest to a rate."""
+    return round(2 * math.log10(lr))
+
+
+def first_guess(cfg: Config) -> float:
+    """Where the search for a run's rate starts: a guess costs runs, never the result.
+
+    Relative to the preset's rate: one class a client wants steps about ten times shorter, masks
+    that free little of the Fisher information longer ones.
+    """
+    rungs = {"least_sensitive": 2, "query_key": 1, "most_sensitive": -1}.get(cfg.rule, 0)
+    if cfg.rule is None:
+        rungs = -1
+        if (cfg.classes_per_client or 100) <= 5:
+            rungs = -3
+    return rate_of(rung_of(cfg.lr) + rungs)
+
+
+def searched_like(cfg: Config, session: Session) -> Config:
+    """The run, at seed 0 and the first guess, that stands for `cfg` in the search of its rate."""
+    scale = session.scale
+    like = replace(
+        cfg, seed=0, test_curve=False, lr=first_guess(replace(cfg, lr=session.base.lr)),
+        classes_per_client=scale.sharding_stand_ins.get(cfg.classes_per_client,
+                                                        cfg.classes_per_client),
+        local_steps=scale.steps_stand_ins.get(cfg.local_steps, cfg.local_steps))
+    if scale.search is None:
+        return like
+    if cfg.centralized:
+        return replace(like, num_epochs=scale.search_epochs)
+    return with_steps(like, scale.search)
+
+
+def at_own_rate(cfg: Config, session: Session) -> Config:
+    """`cfg` at the best rate that is stored of its search, else at the first guess."""
+    return replace(cfg, lr=tuned(searched_like(cfg, session), session.store).lr)
+
+
+def tuned(cfg: Config, store: Store) -> Config:
+    """`cfg` at the best rate on validation among stored runs that differ from it, at seed 0, in
+    the rate alone; `cfg` as it is where none is stored.
+
+    What counts is the last round; of equal rates the lowest is taken.
+    """
+    scores = {lr: score for lr, score in stored_rates(cfg, store).items() if score > -math.inf}
+    if not scores:
+        return cfg
+    top = max(scores.values())
+    return replace(cfg, lr=min(lr for lr, score in scores.items() if score == top))
+
+
+def stored_rates(cfg: Config, store: Store) -> dict[float, float]:
+    """{rate: last validation accuracy (share of 1)} of the stored runs that differ from `cfg`, at
+    seed 0, in the rate alone; minus infinity for those that diverged. Sorted by rate."""
+    wanted = json.loads(json.dumps(run_key(replace(cfg, seed=0))))
+    scores = {}
+    for result in store.results().values():
+        if result["key"] | {"lr": wanted["lr"]} == wanted:
+            scores[result["key"]["lr"]] = last_accuracy(result)
+    return dict(sorted(scores.items()))
+
+
+def last_accuracy(result: dict | None) -> float:
+    """Validation accuracy of the last round (share of 1); minus infinity where there is none."""
+    if not result or result["status"] != "finished":
+        return -math.inf
+    return result["history"][-1].get("val_top1", -math.inf)
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """A search for a learning rate, as far as it is stored."""
+    cfg: Config                  # at the first guess
+    scores: dict[float, float]   # {rate: last validation accuracy}, -inf where it diverged
+    start: float | None          # validation accuracy of round 0
+    todo: tuple[float, ...]      # rates to try next
+
+    @property
+    def finished(self) -> bool:
+        return not self.todo
+
+    @property
+    def lr(self) -> float:
+        """The best rate; of equal ones the lowest."""
+        top = max(self.scores.values(), default=-math.inf)
+        return min((lr for lr, s in self.scores.items() if s == top), default=self.cfg.lr)
+
+    @property
+    def bracketed(self) -> bool:
+        """Rates on both sides of the best were tried and are no better."""
+        rates = list(self.scores)
+        return self.finished and min(rates) < self.lr < max(rates)
+
+    def __str__(self) -> str:
+        tried = ", ".join(f"{lr:g}: diverged" if s == -math.inf else f"{lr:g}: {100 * s:.1f} %"
+                          for lr, s in self.scores.items())
+        if not self.finished:
+            end = f"not finished, next {self.todo}"
+        elif self.bracketed:
+            end = f"best {self.lr:g}, both sides worse"
+        else:
+            end = f"best {self.lr:g}, NOT bracketed: the search gave up or no rate moves the start"
+        return f"{run_name(self.cfg)}: {end} ({tried})"
+
+
+def ladder(cfg: Config, store: Store) -> Ladder:
+    """The stored part of the search for the rate of `cfg`, and what it wants next."""
+    scores = stored_rates(cfg, store)
+    rungs = {rung_of(lr): s for lr, s in scores.items() if math.isclose(lr, rate_of(rung_of(lr)))}
+    start = None
+    for lr in scores:
+        result = store.result(replace(cfg, seed=0, lr=lr))
+        if result and result["history"]:
+            start = result["history"][0].get("val_top1")
+            break
+    todo = next_rungs(rungs, rung_of(cfg.lr), start)
+    return Ladder(cfg, scores, start, tuple(rate_of(r) for r in todo))
+
+
+def next_rungs(scores: dict[int, float], first: int, start: float | None) -> list[int]:
+    """Rungs to try next, given accuracies by rung; none once both sides of the best are worse.
+
+    The ladder has no end but LADDER_LIMIT rungs from `first`, or two rungs that leave exactly the
+    accuracy of the `start`: lower rates move nothing then.
+    """
+    wanted = [r for r in (first, first - 1, first + 1) if r not in scores]
+    if not wanted:
+        top = max(scores.values())
+        if top == -math.inf:
+            wanted = [min(scores) - 1]
+        else:
+            winners = [r for r, s in scores.items() if s == top]
+            idle = top == start and len(winners) > 1
+            below = min(winners) - 1
+            above = max(winners) + 1
+            wanted = [r for r in (below, above) if r not in scores and not (idle and r == below)]
+    return [r for r in wanted if abs(r - first) <= LADDER_LIMIT]
+
+
+def search_rates(cfgs: Iterable[Config], session: Session, watch: Watch | None = None
+                 ) -> list[Ladder]:
+    """Searches the learning rate of every configuration, for `tuned` to find; says where it ended.
+
+    On validation accuracy of the last round at seed 0, on the ladder of factors of 3, from the
+    first guess on until both sides are worse. Ends early where training does: by hand, at the
+    session's time, or in a frozen store.
+    """
+    starts = _unlike([searched_like(cfg, session) for cfg in cfgs])
+    store = session.store
+    while True:
+        ladders = [ladder(cfg, store) for cfg in starts]
+        todo = [replace(found.cfg, lr=lr) for found in ladders for lr in found.todo]
+        if not todo or store.frozen:
+            break
+        # the first guesses of all cells first, then their neighbours
+        if train_all(todo, session, test=False, watch=watch):
+            return [ladder(cfg, store) for cfg in starts]
+    for found in ladders:
+        drop_losers(found, store)
+        if not found.bracketed and found.finished:
+            print(found)
+    return ladders
+
+
+def _unlike(cfgs: Iterable[Config]) -> list[Config]:
+    """The configurations without repetition, in order."""
+    return list({run_name(cfg): cfg for cfg in cfgs}.values())
+
+
+def drop_losers(found: Ladder, store: Store):
+    """Deletes the checkpoints of rates that lost a finished search: nobody goes on from them."""
+    if not found.finished or store.frozen:
+        return
+    for lr in found.scores:
+        if lr != found.lr:
+            drop_checkpoints(replace(found.cfg, lr=lr), store)
+
+
+def drop_checkpoints(cfg: Config, store: Store):
+    for name in store.names(f"checkpoints/{run_name(cfg)}/*.safetensors"):
+        store.delete(name)
+
+
+def ladder_table(cfgs: Iterable[Config], session: Session) -> pd.DataFrame:
+    """A row a search: the run, the rates tried, the chosen one, and whether it is bracketed."""
+    rows = []
+    for cfg in _unlike([searched_like(cfg, session) for cfg in cfgs]):
+        found = ladder(cfg, session.store)
+        tried = ", ".join(f"{lr:g}" for lr in found.scores)
+        rows.append(dict(run=run_name(cfg), sharding=sharding_label(cfg), rule=rule_label(cfg.rule),
+                         algorithm=cfg.algorithm, J=cfg.local_steps, tried=tried, lr=found.lr,
+                         val=100 * last_accuracy(session.store.result(replace(cfg, lr=found.lr))),
+                         bracketed=found.bracketed))
+    return pd.DataFrame(rows)
+
+
+def confirm_rates(cfgs: Iterable[Config], session: Session, seed: int = 1,
+                  watch: Watch | None = None) -> pd.DataFrame:
+    """The chosen rates and their neighbours at another seed: a row a search, with both choices.
+
+    Columns: run, lr (chosen at seed 0), val (at it, seed 0, %), lr_again (best of the three at the
+    other seed) and val_again; NaN where runs are missing.
+    """
+    starts = _unlike([searched_like(cfg, session) for cfg in cfgs])
+    chosen = [tuned(cfg, session.store) for cfg in starts]
+    trios = [[replace(cfg, seed=seed, lr=rate_of(rung_of(cfg.lr) + step)) for step in (0, -1, 1)]
+             for cfg in chosen]
+    train_all([cfg for trio in trios for cfg in trio], session, test=False, watch=watch)
+    rows = []
+    for cfg, trio in zip(chosen, trios, strict=True):
+        scores = {c.lr: last_accuracy(session.store.result(c)) for c in trio}
+        again = max(scores, key=scores.get)
+        val = last_accuracy(session.store.result(cfg))
+        rows.append(dict(run=run_name(cfg), lr=cfg.lr, val=100 * val, lr_again=again,
+                         val_again=100 * scores[again]))
+    return pd.DataFrame(rows).replace(-math.inf, math.nan)
+
+
+# ------------------------------------------------------------------ training
+def train_all(cfgs: Iterable[Config], session: Session, test: bool = True,
+              watch: Watch | None = None) -> list[Config]:
+    """Trains what is not stored, in order; what is left of it, an empty list when all is done.
+
+    Stops by itself at the session's time, and by hand at any moment; what was begun is stored, and
+    the next call goes on from there. With several workers that many runs are trained side by side,
+    in processes of their own. On a CPU every run computes with one thread, with one worker too:
+    sums over threads are rounded otherwise, so that results would depend on `workers`.
+    `watch(cfg, history)` is called after every evaluation of a run.
+    Raises what training raises, such as ValueError or FileNotFoundError.
+    """
+    store = session.store
+    wanted = _unlike(cfgs)
+    if store.frozen:
+        return [cfg for cfg in wanted if not is_done(cfg, store, test)]
+    todo = [cfg for cfg in wanted if not is_done(cfg, store, test)]
+    bar = Bar(todo, store, session, watch)
+    try:
+        abroad, here = [], todo
+        if session.workers > 1 and len(todo) > 1:
+            abroad = [cfg for cfg in todo if can_travel(cfg)]
+            here = [cfg for cfg in todo if not can_travel(cfg)]
+            here += train_in_workers(abroad, session, test, bar)
+        with one_thread():
+            train_here(here, session, test, bar)
+    except KeyboardInterrupt:
+        pass
+    finally:
+        bar.close()
+    left = [cfg for cfg in todo if not is_done(cfg, store, test)]
+    if left:
+        names = ", ".join(run_name(cfg) for cfg in left[:3])
+        more = f" and {len(left) - 3} more" if len(left) > 3 else ""
+        print(f"Stopped: {len(left)} of {len(wanted)} runs are left ({names}{more}). Run this "
+              "again to go on from here.")
+    return left
+
+
+def is_done(cfg: Config, store: Store, test: bool) -> bool:
+    """There is nothing more to train (and, with `test`, to test) of this run."""
+    result = store.result(cfg)
+    if result is None:
+        return False
+    return result["status"] == "diverged" or "test" in result or not test
+
+
+class Bar:
+    """One progress bar over many runs, in local steps, and what is called at evaluations."""
+
+    def __init__(self, cfgs: list[Config], store: Store, session: Session, watch: Watch | None):
+        self.watch = watch
+        self.session = session
+        self.done = 0
+        self.running = {}   # steps of the runs that are being trained, by name
+        total = sum(steps_of(cfg) * cfg.length for cfg in cfgs)
+        self.bar = tqdm(total=total, desc=f"{len(cfgs)} runs", unit="step", unit_scale=True,
+                        disable=store.quiet or not cfgs)
+
+    def evaluated(self, cfg: Config, history: tuple[dict, ...]):
+        self.running[run_name(cfg)] = history[-1]["round"] * steps_of(cfg)
+        if "val_top1" in history[-1]:
+            self.bar.set_postfix_str(f"{run_name(cfg)}: {history[-1]['val_top1']:.1%}")
+        self._show()
+        if self.watch is not None:
+            self.watch(cfg, history)
+
+    def ended(self, cfg: Config, result: dict | None):
+        self.running.pop(run_name(cfg), None)
+        self.done += steps_of(cfg) * cfg.length
+        self._show()
+        if self.session.tensorboard and result and result["status"] == "finished":
+            write_scalars(result, self.session.store.root / "tensorboard")
+
+    def _show(self):
+        self.bar.n = self.done + sum(self.running.values())
+        self.bar.refresh()
+
+    def close(self):
+        self.bar.close()
+
+
+@contextmanager
+def one_thread():
+    """On a CPU, one thread inside the block: the same bits whatever the number of cores."""
+    before = torch.get_num_threads()
+    if device().type == "cpu":
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def train_here(cfgs: list[Config], session: Session, test: bool, bar: Bar):
+    """One after the other in this process, until the session's time is over."""
+    for cfg in cfgs:
+        result = train(cfg, session.store, test, stop_at=session.stop_at,
+                       watch=lambda run, state: bar.evaluated(run.cfg, state.history))
+        if result["status"] == "interrupted":
+            return
+        bar.ended(cfg, result)
+
+
+def can_travel(cfg: Config) -> bool:
+    """Another process can train it: nothing that it uses was registered in a notebook's cell."""
+    return "__main__" not in _modules_of(cfg)
+
+
+def _modules_of(cfg: Config) -> set[str]:
+    """The modules that register what the run uses."""
+    modules = set()
+    if not cfg.centralized:
+        modules.add(ALGORITHMS[cfg.algorithm].__module__)
+    if cfg.rule:
+        modules.add(RULES[cfg.rule].score.__module__)
+    return modules
+
+
+def train_in_workers(cfgs: list[Config], session: Session, test: bool, bar: Bar) -> list[Config]:
+    """Side by side in spawned processes; the runs that only this process can train.
+
+    Workers that die are replaced, and their runs left for the next call. An interrupt is passed on,
+    so that all runs are stored where they are. Raises RuntimeError with a worker's own error.
+    """
+    pool = Pool(min(session.workers, len(cfgs)), session, test, bar)
+    try:
+        return pool.train(cfgs)
+    finally:
+        pool.close()
+
+
+class Pool:
+    """Worker processes, each with a pipe of its own: a dead one leaves the others unharmed."""
+
+    def __init__(self, size: int, session: Session, test: bool, bar: Bar):
+        self.session = session
+        self.test = test
+        self.bar = bar
+        self.workers = {}     # {pipe: process}
+        self.trains = {}      # {pipe: Config}
+        self.returned = []    # runs that workers cannot train
+        self.started = 0
+        for _ in range(size):
+            self.start()
+
+    def start(self):
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        store = self.session.store
+        place = dict(root=store.root.absolute(), backup=store.backup, minutes=store.minutes,
+                     quiet=True)
+        process = context.Process(
+            target=serve, args=(theirs, self.started, place, CODE_SHA256, self.test,
+                                self.session.stop_at))
+        self.started += 1
+        process.start()
+        theirs.close()
+        self.workers[ours] = process
+
+    def train(self, cfgs: list[Config]) -> list[Config]:
+        waiting = list(cfgs)
+        try:
+            while self.workers:
+                for pipe in list(self.workers):
+                    if pipe not in self.trains:
+                        self.give(pipe, waiting)
+                for pipe in wait(list(self.trains)):
+                    self.receive(pipe, waiting)
+        except KeyboardInterrupt:
+            self.interrupt()
+            raise
+        return self.returned
+
+    def give(self, pipe, waiting: list[Config]):
+        """The next run to a free worker; without one, or after the time, the worker may go."""
+        if not waiting or time.monotonic() >= self.session.stop_at:
+            pipe.close()
+            self.workers.pop(pipe).join()
+            return
+        cfg = waiting.pop(0)
+        self.trains[pipe] = cfg
+        with suppress(OSError):  # of a dead worker, which `receive` will see
+            pipe.send((cfg, run_name(cfg), sorted(_modules_of(cfg))))
+
+    def receive(self, pipe, waiting: list[Config]):
+        """One message of a worker."""
+        cfg = self.trains[pipe]
+        try:
+            kind, content = pipe.recv()
+        except (EOFError, OSError):
+            self.bury(pipe, bool(waiting))
+            return
+        if kind == "evaluated":
+            self.bar.evaluated(cfg, content)
+            return
+        del self.trains[pipe]
+        if kind == "error":
+            self.interrupt()
+            raise RuntimeError(f"{run_name(cfg)} failed in its worker:\n{content}")
+        if kind == "cannot":
+            warnings.warn(f"{run_name(cfg)} is trained in this process: {content}", stacklevel=4)
+            self.returned.append(cfg)
+        elif content != "interrupted":
+            self.bar.ended(cfg, self.session.store.result(cfg))
+
+    def bury(self, pipe, needed: bool):
+        """After a worker's death: its run is left for the next call, another takes its place."""
+        process = self.workers.pop(pipe)
+        process.join()
+        pipe.close()
+        cfg = self.trains.pop(pipe)
+        warnings.warn(f"the worker that trained {run_name(cfg)} died (exit code {process.exitcode}"
+                      "; -9 is what a lack of memory looks like). The run goes on from its "
+                      "checkpoint when this is run again.", stacklevel=5)
+        if needed:
+            self.start()
+
+    def interrupt(self):
+        """Stops all runs, and waits until they are stored."""
+        for pipe in self.trains:
+            process = self.workers[pipe]
+            if process.is_alive():
+                os.kill(process.pid, signal.SIGINT)
+        for pipe in list(self.trains):
+            while self._still_trains(pipe):
+                pass
+            del self.trains[pipe]
+
+    def _still_trains(self, pipe) -> bool:
+        try:
+            return pipe.recv()[0] == "evaluated"
+        except (EOFError, OSError):
+            return False
+
+    def close(self):
+        for pipe, process in self.workers.items():
+            pipe.close()  # ends an idle worker, and a busy one after its run
+            process.join(5)
+            if process.is_alive():
+                process.terminate()
+
+
+def serve(pipe, number: int, place: dict, code: str, test: bool, stop_at: float):
+    """A worker process: trains the runs that come through the pipe until it is closed.
+
+    `number` chooses its GPU, `code` is the hash of the utils.py that its parent runs.
+    """
+    if hasattr(os, "setsid"):
+        os.setsid()  # a Ctrl-C in the terminal reaches the parent alone, which passes it on
+    torch.set_num_threads(1)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(number % torch.cuda.device_count())
+    threading.Thread(target=_follow_parent, daemon=True).start()
+    store = Store(**place)
+    while True:
+        try:
+            cfg, name, modules = pipe.recv()
+        except (EOFError, OSError):
+            return
+        except KeyboardInterrupt:
+            continue
+        try:
+            answer = _serve_one(pipe, store, cfg, name, modules, code, test, stop_at)
+        except KeyboardInterrupt:
+            answer = "done", "interrupted"
+        except Exception:  # the parent raises it
+            answer = "error", traceback.format_exc()
+        pipe.send(answer)
+
+
+def _serve_one(pipe, store: Store, cfg: Config, name: str, modules: list[str], code: str,
+               test: bool, stop_at: float) -> tuple[str, str]:
+    if code != CODE_SHA256:
+        return "cannot", ("utils.py was edited since it was imported here. Restart the kernel to "
+                          "train with the edited code.")
+    for module in modules:
+        importlib.import_module(module)
+    if run_name(cfg) != name:
+        return "cannot", "its algorithm or rule is another one in a new process"
+
+    def watch(run, state):
+        pipe.send(("evaluated", state.history))
+    return "done", train(cfg, store, test, stop_at=stop_at, watch=watch)["status"]
+
+
+def _follow_parent():
+    """Stops, with a checkpoint, when the parent is gone."""
+    wait([multiprocessing.parent_process().sentinel])
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def write_scalars(result: dict, folder: Path):
+    """A run's history for TensorBoard, if it is installed and has not been written yet."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        warnings.warn("tensorboard is not installed: no scalars are written", stacklevel=2)
+        return
+    target = folder / result["run"]
+    if target.exists():
+        return
+    with SummaryWriter(target) as writer:
+        for row in result["history"]:
+            for name, value in row.items():
+                if isinstance(value, int | float) and name != "round":
+                    writer.add_scalar(name, value, row["round"])
+
+
+# ------------------------------------------------------------------ tables
+FIELDS = [f.name for f in fields(Config)]
+
+
+def best(cfgs: Iterable[Config], store: Store) -> Config:
+    """The configuration with the highest last validation accuracy; the first if none is stored."""
+    return max(cfgs, key=lambda cfg: last_accuracy(store.result(cfg)))
+
+
+def frames(results: Iterable[dict]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """(runs, history): a row a run, and a row a round of a run; accuracies in %.
+
+    Both have the fields of `Config`, `run`, `sharding` and `data` ("SYNTHETIC" or the data set).
+    runs: status, seconds, best_round, start and val (validation before and after training),
+    val_best, test (last weights), test_top5, test_loss, test_best (best weights on validation).
+    history: the rows of the results, such as train_loss, val_loss, val_top1, test_top1.
+    """
+    results = list(results)
+    runs = pd.DataFrame([_run_row(r) for r in results], columns=[
+        *FIELDS, "run", "sharding", "data", "status", "seconds", "best_round", "start", "val",
+        "val_best", "test", "test_top5", "test_loss", "test_best"])
+    rows = [_about(r) | row for r in results for row in r["history"]]
+    measures = ["round", "lr_now", "train_loss", "client_norm", "mean_norm", "bytes_up",
+                "bytes_down", "val_loss", "val_top1", "val_top5", "test_loss", "test_top1"]
+    for row, plain in zip(rows, (row for r in results for row in r["history"]), strict=True):
+        row["lr_now"] = plain.get("lr")
+    history = pd.DataFrame(rows, columns=[*FIELDS, "run", "sharding", "data", *measures])
+    history = history.astype(dict.fromkeys(measures, float))
+    for name in ("val_top1", "val_top5", "test_top1"):
+        history[name] *= 100
+    numbers = ["seconds", "start", "val", "val_best", "test", "test_top5", "test_loss", "test_best"]
+    return runs.astype(dict.fromkeys(numbers, float)), history
+
+
+def _about(result: dict) -> dict:
+    cfg = Config(**result["config"])
+    data = "SYNTHETIC" if cfg.dataset == "synthetic" else cfg.dataset
+    return result["config"] | dict(run=result["run"], sharding=sharding_label(cfg), data=data)
+
+
+def _run_row(result: dict) -> dict:
+    seen = [100 * row["val_top1"] for row in result["history"] if "val_top1" in row]
+    row = _about(result)
+    for name in ("status", "seconds", "best_round"):
+        row[name] = result[name]
+    if seen and result["status"] == "finished":
+        row |= dict(start=seen[0], val=seen[-1], val_best=max(seen))
+    if "test" in result:
+        test = result["test"]
+        row |= dict(test=100 * test["top1"], test_top5=100 * test["top5"], test_loss=test["loss"],
+                    test_best=100 * result["test_of_best"]["top1"])
+    return row
+
+
+def gather(cfgs: Iterable[Config], store: Store) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """(runs, history) of the stored results among `cfgs`, as `frames` has them.
+
+    Says how many are missing or diverged, and whether the data is synthetic.
+    """
+    cfgs = _unlike(cfgs)
+    results = [r for r in map(store.result, cfgs) if r]
+    remarks = remarks_on(results, len(cfgs))
+    if remarks:
+        print(remarks)
+    return frames(results)
+
+
+def remarks_on(results: list[dict], wanted: int) -> str:
+    """What must be said of results beside their numbers; "" as a rule."""
+    words = []
+    if len(results) < wanted:
+        words.append(f"{wanted - len(results)} of {wanted} runs are missing.")
+    bad = [r["run"] for r in results if r["status"] == "diverged"]
+    if bad:
+        words.append(f"{len(bad)} diverged: {', '.join(bad[:3])}.")
+    if any(r["config"]["dataset"] == "synthetic" for r in results):
+        words.append("SYNTHETIC DATA: these accuracies mean nothing.")
+    return " ".join(words)
+
+
+def section_frames(name: str, session: Session) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """(runs, history) of a section, with a column for each part of its labels.
+
+    The columns are SECTIONS[name].columns; they replace fields of the same name. A run that stands
+    in several cells has a row for each.
+    """
+    section = SECTIONS[name]
+    runs, history = gather(section_runs(name, session), session.store)
+    labels = []
+    seeds = session.seeds if section.every_seed else session.seeds[:1]
+    for label, cfg in section.cells(session).items():
+        for seed in seeds:
+            row = dict(zip(section.columns, label, strict=True))
+            labels.append(row | {"run": run_name(replace(cfg, seed=seed))})
+    labels = pd.DataFrame(labels, columns=[*section.columns, "run"])
+    return tuple(labels.merge(frame.drop(columns=[*section.columns], errors="ignore"), on="run")
+                 for frame in (runs, history))
+
+
+def interval_table(runs: pd.DataFrame, index, columns, value: str = "test") -> pd.DataFrame:
+    """A pivot table of "mean ± half-width (n)" cells, rows and columns in order of appearance."""
+    cells = runs.groupby([*_listed(index), *_listed(columns)], sort=False, dropna=False)[value]
+    table = cells.agg(mean_interval).unstack(_listed(columns), sort=False)
+    return table.fillna("–")
+
+
+def _listed(names) -> list[str]:
+    return [names] if isinstance(names, str) else list(names)
+
+
+def converged(history: pd.DataFrame, points: float = 0.5) -> pd.Series:
+    """For every run the first round (or epoch) within `points` of its last validation accuracy,
+    and so at all later evaluations."""
+    found = {}
+    for run, rows in history.dropna(subset="val_top1").groupby("run"):
+        rows = rows.sort_values("round")
+        near = (rows.val_top1 - rows.val_top1.iloc[-1]).abs() <= points
+        far = rows["round"][~near]
+        later = rows["round"][rows["round"] > far.max()] if len(far) else rows["round"]
+        found[run] = later.iloc[0]
+    return pd.Series(found, dtype=float)
+
+
+def of_other_code(cfgs: Iterable[Config], store: Store) -> list[Config]:
+    """Those whose stored result was trained, at least in part, by another utils.py than this."""
+    found = []
+    for cfg in _unlike(cfgs):
+        result = store.result(cfg)
+        if result and any(part["code"] != CODE_SHA256 for part in result["segments"]):
+            found.append(cfg)
+    return found
+
+
+def code_line(cfgs: Iterable[Config], store: Store) -> str:
+    """One line for a notebook: how many stored results are of other code, and what to do."""
+    cfgs = _unlike(cfgs)
+    stored = sum(store.result(cfg) is not None for cfg in cfgs)
+    old = of_other_code(cfgs, store)
+    if not old:
+        return f"{stored} of {len(cfgs)} results are stored, all of this code."
+    return (f"{stored} of {len(cfgs)} results are stored, {len(old)} of them of another version of "
+            f"utils.py, such as {run_name(old[0])}: forget(of_other_code(cfgs, store), store) "
+            "deletes them, and the next run makes them anew.")
+
+
+def forget(cfgs: Iterable[Config], store: Store):
+    """Deletes results, predictions and checkpoints, so that the runs are trained anew."""
+    for cfg in cfgs:
+        for name in (f"{run_name(cfg)}.json", f"{run_name(cfg)}.npy"):
+            store.delete(name)
+        drop_checkpoints(cfg, store)
+
+
+# ------------------------------------------------------------------ statistics
+CONFIDENCE = 0.95
+MARGIN = 1.0   # points of accuracy within which two are called equivalent
+
+
+def t_interval(values: Iterable[float]) -> tuple[float, float]:
+    """(mean, half-width of its 95 % t interval); NaN as half-width for fewer than two values."""
+    values = np.asarray(list(values), dtype=float)
+    values = values[~np.isnan(values)]
+    if len(values) == 0:
+        return math.nan, math.nan
+    if len(values) == 1:
+        return float(values[0]), math.nan
+    half = stats.t.ppf(0.5 + CONFIDENCE / 2, len(values) - 1) * stats.sem(values)
+    return float(values.mean()), float(half)
+
+
+def mean_interval(values: Iterable[float]) -> str:
+    """"mean ± half-width (n)" of the 95 % t interval over seeds; one run has none."""
+    values = [v for v in values if v is not None and not math.isnan(v)]
+    mean, half = t_interval(values)
+    if not values:
+        return "–"
+    if len(values) == 1:
+        return f"{mean:.1f} (1)"
+    return f"{mean:.1f} ± {half:.1f} ({len(values)})"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """a - b in points of test accuracy."""
+    difference: float
+    low: float          # of the 95 % interval
+    high: float
+    p: float            # two-sided, that there is no difference
+    p_equivalent: float  # two one-sided tests, that it is at least MARGIN
+    seeds: int
+    method: str         # of the interval and the test
+
+    @property
+    def verdict(self) -> str:
+        """"higher", "lower", or "no difference found, interval a to b"."""
+        if self.seeds == 0:
+            return "not stored yet"
+        if self.p < 1 - CONFIDENCE:
+            return "higher" if self.difference > 0 else "lower"
+        words = f"no difference found, interval {self.low:.1f} to {self.high:.1f}"
+        if self.equivalent:
+            words += f", equivalent within {MARGIN:g}"
+        return words
+
+    @property
+    def equivalent(self) -> bool:
+        return self.p_equivalent < 1 - CONFIDENCE
+
+    def __str__(self) -> str:
+        interval = f"{self.low:+.1f} to {self.high:+.1f}"
+        return f"{self.difference:+.1f} points ({interval}; {self.method}): {self.verdict}"
+
+
+NOTHING = Comparison(math.nan, math.nan, math.nan, math.nan, math.nan, 0, "")
+
+
+def paired_t(differences: Iterable[float]) -> Comparison:
+    """Interval and tests over seeds, from one difference (points) a seed; at least two seeds."""
+    differences = np.asarray(list(differences), dtype=float)
+    n = len(differences)
+    if n < 2:
+        raise ValueError(f"a t interval needs at least 2 seeds, not {n}")
+    mean, half = t_interval(differences)
+    error = stats.sem(differences)
+    return Comparison(mean, mean - half, mean + half, *_p_values(mean, error, stats.t(n - 1)), n,
+                      f"paired t over {n} seeds")
+
+
+def _p_values(mean: float, error: float, law) -> tuple[float, float]:
+    """(two-sided p of no difference, p of two one-sided tests against MARGIN)."""
+    if error == 0:  # all differences are the same: no doubt is left
+        return float(mean == 0), float(abs(mean) >= MARGIN)
+    two_sided = 2 * law.sf(abs(mean) / error)
+    above_lower = law.sf((mean + MARGIN) / error)
+    below_upper = law.sf((MARGIN - mean) / error)
+    return float(two_sided), float(max(above_lower, below_upper))
+
+
+def within_seed(correct_a: np.ndarray, correct_b: np.ndarray) -> Comparison:
+    """McNemar's exact test on the images of one test set (bool, paired), with Wald's interval.
+
+    It knows the chance of the test images alone, not that of the seed.
+    """
+    both = int((correct_a & correct_b).sum())
+    only_a = int((correct_a & ~correct_b).sum())
+    only_b = int((~correct_a & correct_b).sum())
+    n = len(correct_a)
+    neither = n - both - only_a - only_b
+    p = mcnemar([[both, only_a], [only_b, neither]], exact=True).pvalue
+    mean = 100 * (only_a - only_b) / n
+    error = 100 * math.sqrt(max(0, only_a + only_b - (only_a - only_b) ** 2 / n)) / n
+    half = stats.norm.ppf(0.5 + CONFIDENCE / 2) * error
+    equivalent = _p_values(mean, error, stats.norm)[1]
+    return Comparison(mean, mean - half, mean + half, float(p), equivalent, 1,
+                      "McNemar within a seed")
+
+
+def correct(cfg: Config, store: Store) -> np.ndarray | None:
+    """Which test images the run's last weights get right (bool), from the stored predictions."""
+    content = store.read(f"{run_name(cfg)}.npy")
+    if content is None:
+        return None
+    predictions = np.load(io.BytesIO(content))
+    labels = load_data(cfg).test_labels[:len(predictions)].cpu().numpy()
+    return predictions == labels
+
+
+def compare(cfgs_a: Iterable[Config], cfgs_b: Iterable[Config], store: Store) -> Comparison:
+    """Test accuracy of a minus that of b, paired by the seeds that both have.
+
+    With two seeds or more a t interval over them, with one McNemar's test on its predictions.
+    """
+    tested_a = _tested_by_seed(cfgs_a, store)
+    tested_b = _tested_by_seed(cfgs_b, store)
+    seeds = sorted(tested_a.keys() & tested_b.keys())
+    if len(seeds) > 1:
+        return paired_t(100 * (tested_a[s][1] - tested_b[s][1]) for s in seeds)
+    if not seeds:
+        return NOTHING
+    right_a = correct(tested_a[seeds[0]][0], store)
+    right_b = correct(tested_b[seeds[0]][0], store)
+    if right_a is None or right_b is None:
+        return NOTHING
+    return within_seed(right_a, right_b)
+
+
+def _tested_by_seed(cfgs: Iterable[Config], store: Store) -> dict[int, tuple[Config, float]]:
+    found = {}
+    for cfg in cfgs:
+        result = store.result(cfg)
+        if result and "test" in result:
+            found[cfg.seed] = cfg, result["test"]["top1"]
+    return found
+
+
+def holm(comparisons: list[Comparison]) -> list[Comparison]:
+    """The comparisons of one table, their p values by Holm's method for as many tests."""
+    known = [c for c in comparisons if not math.isnan(c.p)]
+    if not known:
+        return comparisons
+    adjusted = iter(multipletests([c.p for c in known], method="holm")[1])
+    return [c if math.isnan(c.p) else replace(c, p=float(next(adjusted))) for c in comparisons]
+
+
+# ------------------------------------------------------------------ budget
+RUNGS = 4          # of a search: three bracket a good guess, a fourth where it is one off
+T4_FLOPS = 8e12    # sustained in fp16: an eighth of the peak in NVIDIA's data sheet, until measured
+
+
+def steps_of(cfg: Config) -> int:
+    """SGD steps of a round, all clients together, or of an epoch."""
+    if cfg.centralized:
+        return math.ceil(train_images(cfg) / cfg.batch_size)
+    return cfg.local_steps * cohort_size(cfg.num_clients, cfg.participation)
+
+
+def train_images(cfg: Config) -> int:
+    """Images of the training part, without reading them."""
+    per_class = utils.images_per_class(cfg.dataset)
+    kept = per_class - round(cfg.val_fraction * per_class)
+    return kept * utils.NUM_CLASSES[cfg.dataset]
+
+
+@lru_cache
+def image_flop(arch: str, image_size: int) -> tuple[int, int]:
+    """FLOP of one image: (forward, forward and backward), counted by torch on the model itself."""
+    with torch.device("meta"):
+        model = timm.create_model(**utils.ARCHS[arch], img_size=image_size, num_classes=100)
+        x = torch.zeros(1, 3, image_size, image_size)
+    with FlopCounterMode(display=False) as forward, torch.no_grad():
+        model(x)
+    with FlopCounterMode(display=False) as both:
+        model(x).sum().backward()
+    return forward.get_total_flops(), both.get_total_flops()
+
+
+@lru_cache
+def weight_counts(arch: str) -> tuple[int, int]:
+    """All weights of an architecture with its head, and the maskable ones."""
+    with torch.device("meta"):
+        model = timm.create_model(**utils.ARCHS[arch], num_classes=100)
+    return (sum(p.numel() for p in model.parameters()),
+            sum(w.numel() for w in utils.maskable(model).values()))
+
+
+def images_of(cfg: Config, test: bool) -> tuple[int, int]:
+    """(trained, evaluated) images of a run; the mask's calibration counts as training."""
+    steps = steps_of(cfg)
+    trained = steps * cfg.batch_size * cfg.length
+    if cfg.centralized:
+        trained = train_images(cfg) * cfg.length
+    if cfg.rule and RULES[cfg.rule].needs_fisher:
+        trained += cfg.calibration_images * cfg.calibration_rounds
+
+    per_class = utils.images_per_class(cfg.dataset)
+    val = round(cfg.val_fraction * per_class) * utils.NUM_CLASSES[cfg.dataset]
+    tested = 10_000
+    if cfg.eval_images:
+        val = min(val, cfg.eval_images)
+        tested = min(tested, cfg.eval_images)
+    times = 1 + math.ceil(cfg.length / cfg.eval_every)
+    evaluated = times * (val + tested * cfg.test_curve)
+    if test:
+        evaluated += 2 * tested  # the last weights and the best
+    return trained, evaluated
+
+
+def flop_of(cfg: Config, test: bool) -> float:
+    """FLOP of a run. Sparse runs count as dense ones: what they skip depends on the mask."""
+    forward, both = image_flop(cfg.arch, cfg.image_size)
+    trained, evaluated = images_of(cfg, test)
+    return trained * both + evaluated * forward
+
+
+def stored_bytes(cfg: Config) -> float:
+    """What a finished run keeps: last and best weights, of a sparse run the free and the mask."""
+    every, free = weight_counts(cfg.arch)
+    if cfg.rule is None:
+        return 2 * 4 * every
+    return 2 * 4 * (1 - cfg.sparsity) * free + free / 8
+
+
+def planned(name: str, session: Session) -> dict[str, tuple[Config, bool, bool]]:
+    """{run: (Config, tested, kept)} of a section; searches count with RUNGS rates a cell."""
+    section = SECTIONS[name]
+    runs = {}
+    if section.searched and session.scale.searches:
+        for cfg in section.cells(session).values():
+            like = searched_like(cfg, session)
+            for step in range(-1, RUNGS - 1):
+                rung = replace(like, lr=rate_of(rung_of(like.lr) + step))
+                runs[run_name(rung)] = rung, False, step == 0
+    for cfg in section_runs(name, session):
+        runs[run_name(cfg)] = cfg, section.test, True
+    return runs
+
+
+def throughput(preset_name: str, store: Store) -> tuple[float, str]:
+    """(FLOP a second of a worker, where it is from): stored runs of this hardware, or a T4's."""
+    base = preset(preset_name)
+    flop, seconds = 0.0, 0.0
+    for result in store.results().values():
+        where = {part["hardware"] for part in result["segments"]}
+        cfg = result["config"]
+        same = (cfg["arch"], cfg["image_size"]) == (base.arch, base.image_size)
+        if same and where == {hardware()} and result["status"] == "finished":
+            flop += flop_of(Config(**cfg), False)
+            seconds += result["seconds"]
+    if seconds > 0:
+        return flop / seconds, f"measured on {hardware()}"
+    return T4_FLOPS, "estimated for a T4"
+
+
+def budget(preset_name: str, seeds: int = 1, store: Store | None = None) -> pd.DataFrame:
+    """A row a notebook, and their sum: runs, images, FLOP, GB on Drive, hours.
+
+    Nothing is trained or loaded: counted are the configurations, with RUNGS runs a search, as if
+    nothing was stored. `store` tells the speed of this machine, if it has runs of this preset.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        session = Session(preset_name, preset(preset_name), Store(Path(folder), frozen=True),
+                          Path(folder), tuple(range(seeds)), 1)
+        plans = {name: planned(name, session) for name in SECTIONS}
+    speed, source = throughput(preset_name, store) if store else (T4_FLOPS, "estimated for a T4")
+    counted = set()
+    rows = {}
+    for name, runs in plans.items():
+        row = rows.setdefault(SECTIONS[name].notebook, dict(
+            runs=0, trained=0, evaluated=0, flop=0.0, gigabytes=0.0))
+        for run, (cfg, test, kept) in runs.items():
+            if run in counted:
+                continue
+            counted.add(run)
+            trained, evaluated = images_of(cfg, test)
+            row["runs"] += 1
+            row["trained"] += trained
+            row["evaluated"] += evaluated
+            row["flop"] += flop_of(cfg, test)
+            row["gigabytes"] += stored_bytes(cfg) / 1e9 * kept
+    frame = pd.DataFrame(rows).T.sort_index()
+    frame.loc["all"] = frame.sum()
+    frame["hours"] = frame.flop / speed / 3600
+    frame["throughput"] = f"{speed / 1e12:.3g} TFLOP/s, {source}"
+    return frame.astype({"runs": int, "trained": int, "evaluated": int})
+
+
+def budget_line(notebook: str, session: Session) -> str:
+    """The first output of a notebook: what all its runs cost, were nothing stored."""
+    row = budget(session.preset, len(session.seeds), session.store).loc[notebook]
+    return (f"Preset {session.preset}, {len(session.seeds)} seed(s): {row.runs} runs, about "
+            f"{row.hours / session.workers:.1f} hours with {session.workers} worker(s) and "
+            f"{row.gigabytes:.1f} GB if nothing is stored yet ({row.throughput}).")
+
+
+# ------------------------------------------------------------------ command line
+def main(arguments: list[str] | None = None) -> int:
+    """Trains a section, or prints the budget; see --help."""
+    parser = argparse.ArgumentParser(prog="python -m notebooks.experiments")
+    commands = parser.add_subparsers(dest="command", required=True)
+    running = commands.add_parser("run", help="train sections, one after the other")
+    running.add_argument("sections", nargs="+", choices=list(SECTIONS), metavar="SECTION",
+                         help=", ".join(SECTIONS))
+    running.add_argument("--preset", default="small", choices=list(SCALES))
+    running.add_argument("--seeds", type=int)
+    running.add_argument("--workers", type=int)
+    running.add_argument("--hours", type=float)
+    running.add_argument("--on-cpu", action="store_true", help="full and lite without a GPU")
+    counting = commands.add_parser("budget", help="what the presets cost")
+    counting.add_argument("--preset", action="append", choices=list(SCALES))
+    counting.add_argument("--seeds", type=int, default=1)
+    asked = parser.parse_args(arguments)
+
+    if asked.command == "budget":
+        print_budget(asked.preset or list(SCALES), asked.seeds)
+        return 0
+    session = open_session(asked.preset, asked.seeds, hours=asked.hours, on_cpu=asked.on_cpu,
+                           workers=asked.workers)
+    for name in asked.sections:
+        left = run_section(name, session)
+        print(f"{name}: {len(left)} runs left" if left else f"{name}: done", flush=True)
+        if left:
+            return 1
+    return 0
+
+
+def print_budget(presets: list[str], seeds: int):
+    for name in presets:
+        part = "demo" if name == "demo" else ""
+        store = Store(_folders(None, part)[0], frozen=True)
+        print(f"{name}, {seeds} seed(s)")
+        print(budget(name, seeds, store).to_string(float_format="{:.3g}".format), end="\n\n")
+
+
+if __name__ == "__main__":
+    # under its own name, so that workers find what they are sent
+    from notebooks import experiments
+    sys.exit(experiments.main())
