@@ -1,0 +1,769 @@
+"""What notebook 5 adds to FedAvg: other algorithms, merges of task vectors, and diagnostics.
+
+    algorithms   FedProx, SCAFFOLD, FedAvgM, FedAdam, FedExP: the usual remedies for client drift
+    merges       the server combines task vectors as task arithmetic does: sign election (TIES),
+                 Fisher weighting, lengths per tensor set on held-out sums
+    diagnostics  pure functions of task vectors, losses, predictions and masks, and functions that
+                 measure them at the weights of a run and keep them in the store
+
+Each algorithm is a subclass of `utils.FedAvg` that overrides one or more of its hooks, and is
+registered at the end: importing this module makes `Config(algorithm="scaffold")` and the others
+possible. Constants stand inside the classes, for their source is part of a run's key.
+"""
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from utils import (
+    LAYERS,
+    RULES,
+    CohortUpdate,
+    Config,
+    FedAvg,
+    Params,
+    Run,
+    State,
+    Store,
+    add,
+    apply_vector,
+    autocast,
+    calibrate_mask,
+    client_update,
+    cohort,
+    federated_round,
+    flatten,
+    json_sha256,
+    model_input,
+    open_run,
+    register_algorithm,
+    rng,
+    run_key,
+    run_name,
+    scale,
+    sensitivity,
+    shares_of,
+    source_sha256,
+    squared_norm,
+    task_vector,
+    train,
+    train_cohort,
+)
+
+
+# ------------------------------------------------------------------ algorithms
+def zeros(params: Params) -> Params:
+    """Zeros with the names and shapes of `params`."""
+    return {n: torch.zeros_like(w) for n, w in params.items()}
+
+
+class FedProx(FedAvg):
+    """Local steps on loss + mu / 2 |w_k - w|^2 (Li et al. 2020, eq. 2), w the server's weights."""
+    reads = ("prox_mu",)
+
+    def local_gradient(self, gradients, weights, state, client):
+        mu = self.cfg.prox_mu
+        for n, gradient in gradients.items():
+            away = weights[n] - state.params[n]
+            gradient.add_(away, alpha=mu)
+
+
+class Scaffold(FedAvg):
+    """Local steps corrected by control variates (Karimireddy et al. 2020, Alg. 1, option II).
+
+    c_k estimates client k's own gradient and c everybody's; each local gradient gets + c - c_k.
+    All are kept in the algorithm's state, as groups "control" and "control/<k>"; a client that has
+    not taken part yet has c_k = 0.
+    """
+
+    def local_gradient(self, gradients, weights, state, client):
+        control = state.algorithm_state.get("control")
+        own = state.algorithm_state.get(f"control/{client}")
+        for n, gradient in gradients.items():
+            if control is not None:
+                gradient.add_(control[n])
+            if own is not None:
+                gradient.sub_(own[n])
+
+    def client_message(self, run, vector, state, client, lr):
+        """The new c_k = c_k - c + (w - w_k) / (lr a): the mean of the uncorrected gradients.
+
+        Without momentum J steps of one gradient move by lr J times it. With momentum mu, step i
+        moves by (1 - mu^i) / (1 - mu) times it, and a is the sum of these over the J steps.
+        """
+        mu = self.cfg.momentum
+        a = 0.0
+        for i in range(1, self.cfg.local_steps + 1):
+            a += (1 - mu**i) / (1 - mu)
+        if a == 0:
+            return {}
+
+        nothing = zeros(vector)
+        control = state.algorithm_state.get("control", nothing)
+        own = state.algorithm_state.get(f"control/{client}", nothing)
+        correction = task_vector(own, control)
+        return apply_vector(correction, vector, -1 / (lr * a))
+
+    def server_step(self, state, update):
+        memory = dict(state.algorithm_state)
+        nothing = zeros(state.params)
+        control = memory.get("control", nothing)
+        for client, fresh in update.messages.items():
+            group = f"control/{client}"
+            change = task_vector(fresh, memory.get(group, nothing))
+            control = apply_vector(control, change, 1 / self.cfg.num_clients)
+            memory[group] = fresh
+        memory["control"] = control
+        return add(state.params, update.vector), memory
+
+
+class FedAvgM(FedAvg):
+    """Momentum at the server (Hsu et al. 2019): v <- beta v + D, w <- w + server_lr v.
+
+    With server_momentum=0 it is an extrapolation by the constant factor server_lr.
+    """
+    reads = ("server_lr", "server_momentum")
+
+    def server_step(self, state, update):
+        velocity = update.vector
+        before = state.algorithm_state.get("velocity")
+        if before is not None:
+            velocity = apply_vector(velocity, before, self.cfg.server_momentum)
+        params = apply_vector(state.params, velocity, self.cfg.server_lr)
+        return params, {"velocity": velocity}
+
+
+class FedAdam(FedAvg):
+    """Adam at the server, whose gradient is -D (Reddi et al. 2021, with Adam's bias correction).
+
+    beta1 is server_momentum. Equal to torch.optim.Adam with these constants.
+    """
+    reads = ("server_lr", "server_momentum")
+    beta2 = 0.99
+    eps = 1e-3  # their "adaptivity": large, since task vectors are small
+
+    def server_step(self, state, update):
+        beta1 = self.cfg.server_momentum
+        beta2 = self.beta2
+        memory = state.algorithm_state or {"first": zeros(state.params),
+                                           "second": zeros(state.params)}
+        # Both moments began at zero, and are corrected for the rounds that they lack.
+        steps = state.round + 1
+        first, second, step = {}, {}, {}
+        for n, v in update.vector.items():
+            first[n] = beta1 * memory["first"][n] + (1 - beta1) * v
+            second[n] = beta2 * memory["second"][n] + (1 - beta2) * v.square()
+            mean = first[n] / (1 - beta1**steps)
+            square = second[n] / (1 - beta2**steps)
+            step[n] = mean / (square.sqrt() + self.eps)
+        params = apply_vector(state.params, step, self.cfg.server_lr)
+        return params, {"first": first, "second": second}
+
+
+class FedExP(FedAvg):
+    """Extrapolates the mean by max(1, sum_k |D_k|^2 / (2 M (|D|^2 + eps))), M clients.
+
+    Jhunjhunwala et al. 2023, eq. 8. Nearly orthogonal task vectors have a mean that is short.
+    """
+    eps = 1e-12
+
+    def server_step(self, state, update):
+        of_mean = squared_norm(update.vector) + self.eps
+        factor = update.squared_norms.mean() / (2 * of_mean)
+        step = scale(update.vector, factor.clamp(min=1))
+        return add(state.params, step), state.algorithm_state
+
+
+# ------------------------------------------------------------------ merges
+class NormMatched:
+    """Put before a merge, as in `class M(NormMatched, Merge)`: its direction at FedAvg's length.
+
+    What a merge gains by its direction alone shows at the norm of the cohort's weighted mean; what
+    it gains by moving further, a rate or a server rate would do as well.
+    """
+
+    def combine(self, vectors, shares, messages):
+        merged = super().combine(vectors, shares, messages)
+        mean = FedAvg.combine(self, vectors, shares, messages)
+        # a merge that is zero stays so
+        ratio = squared_norm(mean) / squared_norm(merged).clamp(min=1e-30)
+        return scale(merged, ratio.sqrt())
+
+
+class SignElection(FedAvg):
+    """TIES without its trim (Yadav et al. 2023): elect a sign for each entry, then a disjoint mean.
+
+    The sign of the weighted sum is elected; the mean is over those clients alone that moved the
+    entry that way. An entry that one client moves is thus not shortened by the others' zeros.
+    """
+    keep = 1.0  # share of its moved entries, the largest, that a client's vector keeps
+
+    def trim(self, vector: Params) -> Params:
+        """The vector with all but the largest of its moved entries set to zero."""
+        if self.keep == 1:
+            return vector
+        sizes = flatten(vector).abs()
+        moved = int((sizes > 0).sum())
+        number = max(1, round(self.keep * moved))
+        cut = sizes.kthvalue(len(sizes) - number + 1).values
+        kept = {}
+        for n, v in vector.items():
+            kept[n] = v.where(v.abs() >= cut, 0)
+        return kept
+
+    def combine(self, vectors, shares, messages):
+        trimmed = [self.trim(v) for v in vectors]
+        merged = {}
+        for n in vectors[0]:
+            tensors = [v[n] for v in trimmed]
+            merged[n] = self.disjoint_mean(tensors, shares)
+        return merged
+
+    def disjoint_mean(self, tensors: list[Tensor], shares: list[float]) -> Tensor:
+        weighted = [s * t for s, t in zip(shares, tensors, strict=True)]
+        elected = sum(weighted).sign()
+        total = torch.zeros_like(elected)
+        weight = torch.zeros_like(elected)
+        for part, share in zip(weighted, shares, strict=True):
+            agrees = (part.sign() == elected) & (part != 0)
+            total += part * agrees
+            weight += share * agrees
+        # Nobody agrees where nobody moved, or where the sum is exactly zero: 0 / 1.
+        return total / weight.where(weight > 0, 1)
+
+
+class Ties(SignElection):
+    """TIES: trim each vector to the largest fifth of what it moved, then elect signs."""
+    keep = 0.2  # as in the paper, which trims dense vectors
+
+
+class FisherMerge(FedAvg):
+    """Clients weighted entry by entry by their diagonal Fisher information (Matena & Raffel 2022).
+
+    D = sum_k s_k (F_k + f) D_k / sum_k s_k (F_k + f), s_k the shares. A client sends F_k, per image
+    of its own shard, at its own weights; the labels are drawn from its model. The floor f makes it
+    the plain mean where nobody's loss depends on an entry. So are weights outside Linear, Conv2d
+    and LayerNorm, of which no Fisher information is computed.
+    """
+    images = 64   # of a client's shard that are scored, drawn anew each round
+    floor = 0.01  # f, as a share of the mean of F over all entries and clients
+
+    def client_message(self, run, vector, state, client, lr):
+        draw = rng("labels", self.cfg.seed, state.round, client)
+        index = draw.permutation(run.shards[client])[:self.images]
+        images = run.data.images[index]
+        names = [n for n in vector if self.is_scored(run, n)]
+        chunk = 8 if images.device.type == "cpu" else 32
+        total = sensitivity(run.model, images, draw, chunk, names=names)
+        fisher = {}
+        for n, squares in total.items():
+            mean = squares / len(index)
+            fisher[n] = mean.float().to(images.device)
+        return fisher
+
+    def is_scored(self, run: Run, name: str) -> bool:
+        module = run.model.get_submodule(name.rpartition(".")[0])
+        return isinstance(module, LAYERS)
+
+    def combine(self, vectors, shares, messages):
+        fishers = list(messages.values())  # in the order of the vectors
+        entries = flatten(fishers[0]).numel()
+        total = sum(f.sum() for fisher in fishers for f in fisher.values())
+        floor = self.floor * total / (entries * len(fishers))
+
+        merged = FedAvg.combine(self, vectors, shares, messages)
+        for n in fishers[0]:
+            above = torch.zeros_like(merged[n])
+            below = torch.zeros_like(merged[n])
+            for vector, share, fisher in zip(vectors, shares, fishers, strict=True):
+                weight = share * (fisher[n] + floor)
+                above += weight * vector[n]
+                below += weight
+            merged[n] = torch.where(below > 0, above / below, merged[n])
+        return merged
+
+
+class HeldOutLengths(FedAvg):
+    """Each tensor's step is as long as clients without a part in it say, by the slope of the loss.
+
+    The server moves tensor l by the step d_l = eta_l D_l, D the mean task vector, and sends w and
+    d. In the next round each client that was not in the last cohort, so that its images are held
+    out from the step, reports for every tensor the slope <gradient, d_l> of its loss before the
+    step, b_l at w - d, and after it, a_l at w, on the same images and without augmentation. The
+    server needs only their sums over clients, weighted by shard size. Then
+
+        eta_l <- eta_l * 2^(-gain r_l),   r_l = a_l / (|a_l| + |b_l|)   in [-1, 1].
+
+    A loss that still falls at the end of the step (a_l < 0) asks for a longer one, one that rises
+    for a shorter one; eta_l rests where a_l is zero on average, which is an exact line search along
+    d_l. A small gain averages the noise of single rounds. With full participation nobody is held
+    out, and it stays FedAvg. The images are held out from the step, not from the run.
+    """
+    gain = 0.2
+    shortest = 0.125
+    longest = 8.0
+    matched = False  # the whole step at the norm of the mean: relative lengths alone
+
+    def client_message(self, run, vector, state, client, lr):
+        step = state.algorithm_state.get("step")
+        if step is None or client in self.last_cohort(state):
+            return {}
+        draw = rng("scorers", self.cfg.seed, state.round, client)
+        shard = run.shards[client]
+        index = draw.permutation(shard)[:self.cfg.batch_size]
+        start = apply_vector(state.params, step, -1)
+        before = self.slopes(run, start, step, index)
+        after = self.slopes(run, state.params, step, index)
+        return {"before": len(shard) * before, "after": len(shard) * after}
+
+    def last_cohort(self, state: State) -> list[int]:
+        cfg = self.cfg
+        key = ("cohort", cfg.seed, state.round - 1)
+        return cohort(cfg.num_clients, cfg.participation, *key).tolist()
+
+    def slopes(self, run: Run, params: Params, step: Params, index: np.ndarray) -> Tensor:
+        """<gradient of the mean loss at `params`, step>, tensor by tensor (tensors,)."""
+        run.load(params)
+        size = self.cfg.micro_batch or len(index)
+        total = 0
+        for i in range(0, len(index), size):
+            part = index[i:i + size]
+            logits = run.model(model_input(run.data.images[part], run.model))
+            loss = F.cross_entropy(logits, run.data.labels[part], reduction="sum")
+            weights = [run.trainable[n] for n in step]
+            gradients = torch.autograd.grad(loss / len(index), weights)
+            products = [g * d for g, d in zip(gradients, step.values(), strict=True)]
+            total = total + torch.stack([p.sum() for p in products])
+        return total
+
+    def server_step(self, state, update):
+        length = self.next_length(state, update)
+        step = {}
+        for i, (n, v) in enumerate(update.vector.items()):
+            step[n] = length[i] * v
+        if self.matched:
+            ratio = squared_norm(update.vector) / squared_norm(step).clamp(min=1e-30)
+            step = scale(step, ratio.sqrt())
+        memory = {"step": step, "lengths": {"length": length}}
+        return add(state.params, step), memory
+
+    def next_length(self, state: State, update: CohortUpdate) -> Tensor:
+        """eta (tensors,), in the order of the weights."""
+        if not state.algorithm_state:
+            where = update.losses.device
+            return torch.ones(len(state.params), device=where)
+        length = state.algorithm_state["lengths"]["length"]
+        if not update.messages:
+            return length
+        before = sum(report["before"] for report in update.messages.values())
+        after = sum(report["after"] for report in update.messages.values())
+        both = after.abs() + before.abs()
+        balance = after / both.clamp(min=1e-30)
+        longer = length * 2 ** (-self.gain * balance)
+        return longer.clamp(self.shortest, self.longest)
+
+
+class SignElectionMatched(NormMatched, SignElection):
+    """Sign election at the norm of FedAvg's update."""
+
+
+class TiesMatched(NormMatched, Ties):
+    """TIES at the norm of FedAvg's update."""
+
+
+class FisherMergeMatched(NormMatched, FisherMerge):
+    """Fisher-weighted merging at the norm of FedAvg's update."""
+
+
+class HeldOutLengthsMatched(HeldOutLengths):
+    """The relative lengths of `HeldOutLengths`, at the norm of FedAvg's update."""
+    matched = True
+
+
+register_algorithm("fedprox", FedProx)
+register_algorithm("scaffold", Scaffold)
+register_algorithm("fedavgm", FedAvgM)
+register_algorithm("fedadam", FedAdam)
+register_algorithm("fedexp", FedExP)
+register_algorithm("sign_election", SignElection)
+register_algorithm("sign_election_matched", SignElectionMatched)
+register_algorithm("ties", Ties)
+register_algorithm("ties_matched", TiesMatched)
+register_algorithm("fisher", FisherMerge)
+register_algorithm("fisher_matched", FisherMergeMatched)
+register_algorithm("held_out", HeldOutLengths)
+register_algorithm("held_out_matched", HeldOutLengthsMatched)
+
+
+# ------------------------------------------------------------------ diagnostics: task vectors
+def rows_of(vectors: list[Params], name: str) -> Tensor:
+    """One tensor of each vector, as rows (clients, entries)."""
+    return torch.stack([vector[name].flatten() for vector in vectors])
+
+
+def pairwise_cosines(vectors: list[Params]) -> Tensor:
+    """Cosines (clients, clients), float64; 0 with a vector that is zero."""
+    products = torch.zeros(len(vectors), len(vectors), dtype=torch.float64)
+    for n in vectors[0]:
+        rows = rows_of(vectors, n)
+        products += (rows @ rows.T).cpu()
+    norms = products.diagonal().sqrt()
+    return products / (norms[:, None] * norms).clamp(min=1e-30)
+
+
+def pairwise_sign_agreement(vectors: list[Params]) -> Tensor:
+    """Share of the entries that both clients move, which both move the same way.
+
+    (clients, clients), float64; NaN where two clients share no entry. Random signs give 0.5 however
+    many clients there are.
+    """
+    same_less_opposite = torch.zeros(len(vectors), len(vectors), dtype=torch.float64)
+    both = torch.zeros_like(same_less_opposite)
+    for n in vectors[0]:
+        signs = rows_of(vectors, n).sign()
+        moved = signs.abs()
+        same_less_opposite += (signs @ signs.T).cpu()
+        both += (moved @ moved.T).cpu()
+    return (same_less_opposite + both) / (2 * both)
+
+
+def weighted_sign_agreement(vectors: list[Params]) -> float:
+    """sum_j |sum_k v_kj| / sum_j sum_k |v_kj|: the share of all movement that survives the sum.
+
+    1 where no two clients disagree, 0 where they cancel; large entries count more. See
+    `random_signs` for what chance gives.
+    """
+    survives, moved = 0.0, 0.0
+    for n in vectors[0]:
+        rows = rows_of(vectors, n)
+        survives += rows.sum(0).abs().sum().item()
+        moved += rows.abs().sum().item()
+    return survives / moved if moved else 1.0
+
+
+def random_signs(vectors: list[Params], draw: np.random.Generator) -> list[Params]:
+    """The vectors with the sizes of their entries and signs of chance: the floor of an agreement."""
+    flipped = []
+    for vector in vectors:
+        signs = {}
+        for n, v in vector.items():
+            coins = torch.from_numpy(draw.integers(0, 2, v.shape)).to(v.device)
+            signs[n] = v * (2 * coins - 1)
+        flipped.append(signs)
+    return flipped
+
+
+# ------------------------------------------------------------------ diagnostics: functions
+def damage_over_gain(change: Tensor, own: Tensor, everyone: Tensor) -> dict:
+    """What task vectors do to the loss of those they come from, and of all others.
+
+    `change` (vectors, classes) is the loss of each class with the vector less without it, NaN for
+    a class without images; `own` (vectors, classes) counts the training images of the vector's
+    clients, `everyone` (classes,) those of all clients. `gain` is by how much the loss of the own
+    images falls, `damage` by how much that of all other clients' rises, both weighted by class, one
+    a vector. `ratio` is damage over gain of all vectors together, None where they gain nothing.
+    """
+    known = change.isfinite().all(0)
+    change = change[:, known].double()
+    own = own[:, known].double()
+    others = everyone[known].double() - own
+    gain = -(change * own).sum(1) / own.sum(1).clamp(min=1)
+    damage = (change * others).sum(1) / others.sum(1).clamp(min=1)
+    total = gain.sum().item()
+    ratio = damage.sum().item() / total if total > 0 else None
+    return dict(gain=gain.tolist(), damage=damage.tolist(), ratio=ratio)
+
+
+def class_means(values: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """Means (classes,) of values (n,) by class; NaN for a class without images."""
+    sums = torch.zeros(num_classes, device=values.device).index_add(0, labels, values)
+    return sums / torch.bincount(labels, minlength=num_classes)
+
+
+def disentanglement_error(single: Tensor, joint: Tensor, owned: Tensor) -> float:
+    """How often a client's own images are predicted otherwise by all vectors than by its own alone.
+
+    Ortiz-Jimenez et al. 2023, with prediction disagreement as distance, a mean over clients
+    of the share of images. `single` (clients, n) are predictions at w + tau_k, `joint` (n,) those
+    at w + sum of tau, and `owned` (clients, n) is True for images of the client's classes.
+    """
+    differs = (single != joint) & owned
+    shares = differs.sum(1) / owned.sum(1).clamp(min=1)
+    return shares.mean().item()
+
+
+def localization_error(single: Tensor, start: Tensor, owned: Tensor) -> float | None:
+    """How often a client's vector changes predictions of images that are not of its classes.
+
+    Function localisation (Iurada et al. 2025) wants f(x, w + tau_k) = f(x, w) there. Shapes
+    as for `disentanglement_error`, with `start` (n,) the predictions at w. None where every client
+    has all classes.
+    """
+    foreign = ~owned
+    counts = foreign.sum(1)
+    some = counts > 0
+    if not some.any():
+        return None
+    changed = ((single != start) & foreign).sum(1)
+    return (changed[some] / counts[some]).mean().item()
+
+
+def zero_classes(per_class: list[float | None]) -> float:
+    """Share of the classes with images whose accuracy is exactly zero."""
+    known = [accuracy for accuracy in per_class if accuracy is not None]
+    return sum(accuracy == 0 for accuracy in known) / len(known)
+
+
+def overlap(a: Params, b: Params) -> float:
+    """Intersection over union of the True entries of two masks; 1 where neither has any."""
+    if a.keys() != b.keys():
+        raise KeyError(f"only one of the two masks has {sorted(a.keys() ^ b.keys())}")
+    both = sum(int((a[n] & b[n]).sum()) for n in a)
+    either = sum(int((a[n] | b[n]).sum()) for n in a)
+    return both / either if either else 1.0
+
+
+# ------------------------------------------------------------------ diagnostics: of a run
+def measures_sha256() -> str:
+    """Of all that measures: an edited measure never returns what an older one found."""
+    measures = (pairwise_cosines, pairwise_sign_agreement, weighted_sign_agreement, random_signs,
+                damage_over_gain, class_means, disentanglement_error, localization_error, overlap,
+                sample, answers, class_counts, cohort_vectors, diagnose, disagreement,
+                interference, along, unlearn, own_and_others, overlaps, mask_noise_floor)
+    return json_sha256([source_sha256(function) for function in measures])
+
+
+def kept(kind: str, cfg: Config, store: Store, options: dict, measure: Callable[[Run], dict]) -> dict:
+    """`measure(run, state)` at the run's weights, once: kept in notes/, {} in a frozen store.
+
+    `options["at"]` is "last" for the weights of the finished run, "start" for those before the
+    first round. Clients train by plain FedAvg for the measurement, whatever the run's algorithm.
+    Raises ValueError where the last weights are asked for and are not stored.
+    """
+    at = options["at"]
+    if at not in ("start", "last"):
+        raise ValueError(f"{at=} must be 'start' or 'last'")
+    result = store.result(cfg) if at == "last" else None
+    # The history tells one training of a run from another, by other code for instance.
+    trained = json_sha256(result["history"]) if result else None
+    key = dict(run_key(cfg), options=options, trained=trained, code=measures_sha256())
+
+    def compute():
+        run, state = open_run(cfg, store)
+        run = replace(run, algorithm=FedAvg(cfg))
+        if at == "start":
+            start = {n: w.clone() for n, w in run.weights().items()}
+            return measure(run, State(start))
+        if state.round != cfg.length:
+            raise ValueError(f"{run_name(cfg)} is stored up to round {state.round} of "
+                             f"{cfg.length}: train it first, then measure it")
+        return measure(run, replace(state, algorithm_state={}))
+    return store.compute_or_load(kind, key, compute)
+
+
+def sample(run: Run, number: int) -> tuple[Tensor, Tensor]:
+    """About `number` validation images, as many of each class, and their labels."""
+    val = run.data.val
+    labels = run.data.labels[val].cpu().numpy()
+    by_class = val[np.argsort(labels, kind="stable")]
+    index = by_class[::max(1, len(val) // number)]
+    return run.data.images[index], run.data.labels[index]
+
+
+def answers(run: Run, params: Params, images: Tensor, labels: Tensor,
+            batch: int = 500) -> tuple[Tensor, Tensor]:
+    """(loss, prediction) of each image (n,) at these weights."""
+    run.load(params)
+    run.model.eval()
+    losses, predictions = [], []
+    with torch.no_grad(), autocast(run.cfg, images.device):
+        for x, y in zip(images.split(batch), labels.split(batch), strict=True):
+            logits = run.model(model_input(x, run.model)).float()
+            losses.append(F.cross_entropy(logits, y, reduction="none"))
+            predictions.append(logits.argmax(1))
+    return torch.cat(losses), torch.cat(predictions)
+
+
+def class_counts(run: Run, clients: list[int], num_classes: int) -> Tensor:
+    """Training images of each class at each client (clients, classes)."""
+    counts = [torch.bincount(run.data.labels[run.shards[k]], minlength=num_classes)
+              for k in clients]
+    return torch.stack(counts)
+
+
+def cohort_vectors(run: Run, state: State) -> tuple[list[int], list[Params]]:
+    """The clients of the round after `state` and their task vectors at the run's full rate.
+
+    At the run's own rate a cosine would have them stand still at the end. Holds all vectors.
+    """
+    cfg = run.cfg
+    clients = cohort(cfg.num_clients, cfg.participation, "cohort", cfg.seed, state.round).tolist()
+    vectors = [client_update(run, state, k, cfg.lr).vector for k in clients]
+    return clients, vectors
+
+
+def diagnose(cfg: Config, store: Store, at: str = "last", images: int = 2000,
+             alphas: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0, 3.0, 5.0)) -> dict:
+    """How the task vectors of one cohort get on with each other, at the weights of a run.
+
+    `clients`, `shares`, `norms`, `mean_norm`; `cosine` and `sign_agreement` (clients, clients);
+    `weighted_agreement` and its `weighted_floor` of random signs; `single` and `mean`, the
+    `damage_over_gain` of the vectors and of their mean; `localization_error`;
+    `disentanglement_error` with the sum of the vectors, and `mean_error` with their mean in its
+    place; `alphas`, `losses` and `top1` along the mean, where alpha = 0 is the run's weights. All on
+    about `images` validation images. See `kept` for `at` and errors.
+    """
+    options = dict(at=at, images=images, alphas=[0.0, *alphas])
+
+    def measure(run, state):
+        clients, vectors = cohort_vectors(run, state)
+        shares = shares_of(run, clients)
+        mean = FedAvg.combine(run.algorithm, vectors, shares, {})
+        x, y = sample(run, images)
+        return (dict(clients=clients, shares=shares) | disagreement(run, vectors, mean)
+                | interference(run, state.params, clients, vectors, mean, x, y)
+                | along(run, state.params, mean, options["alphas"], x, y))
+    return kept("diagnosis", cfg, store, options, measure)
+
+
+def disagreement(run: Run, vectors: list[Params], mean: Params) -> dict:
+    """Norms, cosines and agreement in sign; NaN, which JSON lacks, becomes None."""
+    by_chance = random_signs(vectors, rng("scorers", run.cfg.seed))
+    agreement = pairwise_sign_agreement(vectors).tolist()
+    return dict(
+        norms=[squared_norm(v).sqrt().item() for v in vectors],
+        mean_norm=squared_norm(mean).sqrt().item(),
+        cosine=pairwise_cosines(vectors).tolist(),
+        sign_agreement=[[None if a != a else a for a in row] for row in agreement],
+        weighted_agreement=weighted_sign_agreement(vectors),
+        weighted_floor=weighted_sign_agreement(by_chance))
+
+
+def interference(run: Run, start: Params, clients: list[int], vectors: list[Params], mean: Params,
+                 images: Tensor, labels: Tensor) -> dict:
+    """What single vectors, their mean and their sum do to own and to others' classes."""
+    num_classes = int(run.data.labels.max()) + 1
+    own = class_counts(run, clients, num_classes)
+    everyone = class_counts(run, range(run.cfg.num_clients), num_classes).sum(0)
+    owned = own[:, labels] > 0
+
+    loss, prediction = answers(run, start, images, labels)
+    changes, singles = [], []
+    for vector in vectors:
+        new_loss, new_prediction = answers(run, add(start, vector), images, labels)
+        changes.append(class_means(new_loss - loss, labels, num_classes))
+        singles.append(new_prediction)
+    singles = torch.stack(singles)
+
+    mean_loss, mean_prediction = answers(run, add(start, mean), images, labels)
+    of_mean = class_means(mean_loss - loss, labels, num_classes)
+    total = vectors[0]
+    for vector in vectors[1:]:
+        total = add(total, vector)
+    _, sum_prediction = answers(run, add(start, total), images, labels)
+    return dict(
+        single=damage_over_gain(torch.stack(changes), own, everyone),
+        mean=damage_over_gain(of_mean[None], own.sum(0, keepdim=True), everyone),
+        localization_error=localization_error(singles, prediction, owned),
+        disentanglement_error=disentanglement_error(singles, sum_prediction, owned),
+        mean_error=disentanglement_error(singles, mean_prediction, owned))
+
+
+def along(run: Run, start: Params, vector: Params, alphas: list[float], images: Tensor,
+          labels: Tensor) -> dict:
+    """Mean loss and accuracy at start + alpha * vector."""
+    losses, top1 = [], []
+    for alpha in alphas:
+        loss, prediction = answers(run, apply_vector(start, vector, alpha), images, labels)
+        losses.append(loss.mean().item())
+        top1.append((prediction == labels).float().mean().item())
+    return dict(alphas=alphas, losses=losses, top1=top1)
+
+
+# ------------------------------------------------------------------ unlearning a client
+def unlearn(cfg: Config, store: Store, number: int = 5, images: int = 5000,
+            alphas: tuple[float, ...] = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)) -> dict:
+    """Forgetting a client by negation (Ilharco et al. 2023): accuracies at w - alpha * tau_k.
+
+    w are the last weights of the run and tau_k what client k learns from there in a round. For each
+    of the first `number` clients of the next cohort: `classes`, and `own` and `others`, accuracies
+    on validation images of its classes and of all others (clients, alphas), None where there is no
+    such image. `train_without` gives the reference that never had the client.
+    """
+    options = dict(at="last", number=number, images=images, alphas=list(alphas))
+
+    def measure(run, state):
+        clients, vectors = cohort_vectors(run, state)
+        x, y = sample(run, images)
+        counts = class_counts(run, clients, int(run.data.labels.max()) + 1)
+        found = dict(clients=clients[:number], classes=[], alphas=list(alphas), own=[], others=[])
+        for vector, count in zip(vectors[:number], counts[:number], strict=True):
+            found["classes"].append(count.nonzero()[:, 0].tolist())
+            rows = [own_and_others(run, apply_vector(state.params, vector, -alpha), x, y, count)
+                    for alpha in alphas]
+            found["own"].append([row[0] for row in rows])
+            found["others"].append([row[1] for row in rows])
+        return found
+    return kept("unlearning", cfg, store, options, measure)
+
+
+def own_and_others(run: Run, params: Params, images: Tensor, labels: Tensor,
+                   count: Tensor) -> list[float | None]:
+    """Accuracies on images of the classes that `count` (classes,) has, and on those of the others."""
+    _, prediction = answers(run, params, images, labels)
+    hits = (prediction == labels).float()
+    own = count[labels] > 0
+    return [hits[part].mean().item() if part.any() else None for part in (own, ~own)]
+
+
+def train_without(cfg: Config, client: int, store: Store, **options) -> dict:
+    """The run in which `client` never answers, trained or found: the reference of `unlearn`.
+
+    It is stored as <run>_without_<client>. The head is fitted before the first round, on all
+    clients' sums, and so still knows the client.
+    """
+    def others(run, state, clients, lr):
+        return train_cohort(run, state, [k for k in clients if k != client], lr)
+    named = replace(cfg, name=f"{run_name(cfg)}_without_{client}")
+    return train(named, store, step=partial(federated_round, train_cohort=others), **options)
+
+
+# ------------------------------------------------------------------ overlap of masks
+def overlaps(cfgs: list[Config], store: Store) -> dict:
+    """{"iou": rows} of the `overlap` of each two runs' masks, kept; {} from a frozen store."""
+    def compute():
+        masks = [open_run(cfg, store)[0].mask for cfg in cfgs]
+        return {"iou": [[overlap(a, b) for b in masks] for a in masks]}
+    key = dict(runs=[run_key(cfg) for cfg in cfgs], code=measures_sha256())
+    return store.compute_or_load("overlap", key, compute)
+
+
+def mask_noise_floor(cfg: Config, store: Store, images: int | None = None) -> dict:
+    """{"iou": overlap} of two central masks from disjoint sets of `images` training images.
+
+    Both are of the run's rule, from its starting weights; `images` defaults to calibration_images.
+    What separates clients' masks must be compared with this, for two draws of images from one
+    source differ as well. Raises ValueError for rules that read no images, or too many images.
+    """
+    if cfg.rule is None or not RULES[cfg.rule].needs_fisher:
+        raise ValueError(f"rule={cfg.rule!r} reads no images: its mask has no such noise")
+    images = images or cfg.calibration_images
+
+    def compute():
+        run, _ = open_run(cfg, store)
+        if 2 * images > len(run.data.train):
+            raise ValueError(f"two disjoint sets of {images} images are more than the "
+                             f"{len(run.data.train)} for training")
+        order = rng("scorers", cfg.seed, 0).permutation(run.data.train)
+        masks = []
+        for index in (order[:images], order[images:2 * images]):
+            masks.append(calibrate_mask(
+                run.model, run.data.images[index], rule=cfg.rule, sparsity=cfg.sparsity,
+                rounds=cfg.calibration_rounds, seed=cfg.seed))
+        return {"iou": overlap(*masks)}
+    key = dict(run_key(cfg), images=images, code=measures_sha256())
+    return store.compute_or_load("noise_floor", key, compute)
