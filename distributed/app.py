@@ -1,10 +1,10 @@
-"""The Flower app: `federated_round` whose clients train on other machines' or GPUs' nodes.
+"""The Flower app: rounds of `federated_round` whose clients train on nodes, on other machines.
 
 The server draws the cohort from (seed, round) as ever and deals it out to the nodes that are there,
 one message a node and round: a node is a worker that trains any client by its number k, so that
 Flower's own node ids and sampling play no part. Dense runs send all weights, sparse runs only the
-free entries; what stays frozen (head and mask) goes to each node once. A node needs this project on
-its PYTHONPATH, the data set and the backbone. Checkpoints and results are those of `train`.
+trainable entries; what stays frozen (head and mask) goes to each node once. A node needs this
+project on its PYTHONPATH, the data set and the backbone. Checkpoints and results are `train`'s.
 """
 import json
 import logging
@@ -19,23 +19,30 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
-from train import configure
+from train import configure, open_store, with_data
 
 from utils import (
+    ALGORITHMS,
     HEAD,
+    ClientUpdate,
+    CohortUpdate,
     Config,
+    FedAvg,
     Params,
     Run,
     State,
+    accumulate_update,
+    build_model,
     client_update,
     device,
     federated_round,
-    flat,
+    flatten,
     maskable,
     open_run,
-    open_store,
+    run_key,
+    shares_of,
     train,
-    unflat,
+    unflatten,
 )
 
 log = logging.getLogger("flwr")
@@ -43,149 +50,254 @@ server = ServerApp()  # Flower finds the two in the source, each by its own assi
 client = ClientApp()
 
 
+# ------------------------------------------------------------------ which algorithms
+def overrides(cfg: Config, hook: str) -> bool:
+    """Whether the run's algorithm changes a method of FedAvg."""
+    return getattr(ALGORITHMS[cfg.algorithm], hook) is not getattr(FedAvg, hook)
+
+
+def check_algorithm(cfg: Config):
+    """ValueError for runs without clients, and for those whose clients keep a state."""
+    advice = "choose another, or start distributed/train.py, by torchrun for several devices"
+    if cfg.centralized:
+        raise ValueError(f"algorithm='centralized' does not run on Flower: {advice}")
+    # What clients say and what their steps then follow is kept for each of them, as in SCAFFOLD:
+    # as large as the model, times the number of clients, in every message to a node.
+    if overrides(cfg, "local_gradient") and overrides(cfg, "client_message"):
+        raise ValueError(f"algorithm={cfg.algorithm!r} does not run on Flower: its clients keep a "
+                         f"state between rounds ({advice})")
+
+
 # ------------------------------------------------------------------ what travels
-def free_entries(run: Run) -> torch.Tensor | slice:
-    """Where the trained entries lie in the flat weights."""
-    return flat({n: run.mask[n] for n in run.trained}) if run.mask else slice(None)
+def to_array(tensor: torch.Tensor) -> Array:
+    return Array(tensor.detach().cpu().numpy())
+
+
+def to_tensor(array: Array) -> torch.Tensor:
+    return torch.from_numpy(array.numpy().copy()).to(device())
+
+
+def trainable_entries(run: Run) -> torch.Tensor | slice:
+    """Where the entries that travel lie in the flat weights."""
+    if run.mask is None:
+        return slice(None)
+    return flatten({n: run.mask[n] for n in run.trainable})
 
 
 def pack(run: Run, params: Params) -> Array:
-    """The free entries of weights, float32."""
-    vector = flat({n: params[n].detach() for n in run.trained})
-    return Array(vector[free_entries(run)].cpu().numpy())
+    """The trainable entries of weights or of a task vector, float32."""
+    vector = flatten({n: params[n] for n in run.trainable})
+    return to_array(vector[trainable_entries(run)])
 
 
 def unpack(run: Run, array: Array, frozen: Params) -> Params:
     """What was packed, with the other entries from `frozen`."""
-    vector = flat({n: frozen[n] for n in run.trained})
-    vector[free_entries(run)] = torch.from_numpy(array.numpy().copy()).to(vector.device)
-    return unflat(vector, run.trained)
+    vector = flatten({n: frozen[n] for n in run.trainable})
+    vector[trainable_entries(run)] = to_tensor(array)
+    return unflatten(vector, run.trainable)
+
+
+def pack_groups(groups: dict[str, Params]) -> ArrayRecord:
+    """Named tensors by group: messages by client, or the server's memory."""
+    arrays = {}
+    for group, params in groups.items():
+        for n, w in params.items():
+            arrays[f"{group}:{n}"] = to_array(w)
+    return ArrayRecord(arrays)
+
+
+def unpack_groups(record: ArrayRecord) -> dict[str, Params]:
+    groups = {}
+    for name, array in record.items():
+        group, _, n = name.partition(":")
+        groups.setdefault(group, {})[n] = to_tensor(array)
+    return groups
 
 
 def setup_of(run: Run) -> ConfigRecord:
     """All that a node must know of a run and cannot find at its own place."""
-    tensors = {n: w.detach().cpu().contiguous() for n, w in run.model.state_dict().items()
-               if n in HEAD}
-    if run.mask:
-        bits = flat({n: run.mask[n] for n in maskable(run.model)}).cpu().numpy()
+    weights = run.model.state_dict()
+    tensors = {n: weights[n].detach().cpu().contiguous() for n in HEAD}
+    if run.mask is not None:
+        bits = flatten(run.mask).cpu().numpy()
         tensors["mask"] = torch.from_numpy(np.packbits(bits))
-    return ConfigRecord({"config": json.dumps(asdict(run.cfg)), "facts": facts(run),
-                         "tensors": safetensors.torch.save(tensors)})
+    return ConfigRecord({
+        "config": json.dumps(asdict(run.cfg)),
+        "identity": json.dumps(identity(run)),
+        "tensors": safetensors.torch.save(tensors),
+    })
 
 
-def facts(run: Run) -> str:
-    return json.dumps(run.facts, sort_keys=True)
+def identity(run: Run) -> dict:
+    """What server and node must agree on, as JSON has it."""
+    key = run_key(run.cfg)
+    return json.loads(json.dumps(key | run.provenance))
 
 
 # ------------------------------------------------------------------ a node
 @lru_cache(maxsize=1)
-def worker(config: str, expected: str, tensors: bytes) -> tuple[Run, State]:
+def open_worker(config: str, expected: str, tensors: bytes) -> tuple[Run, State]:
     """The run as this node has it, once a process; ValueError where it is not the server's."""
-    sent = {n: w.to(device()) for n, w in safetensors.torch.load(tensors).items()}
+    cfg = Config(**json.loads(config))
+    sent = safetensors.torch.load(tensors)
+    head = {n: sent[n].to(device()) for n in HEAD}
+    mask = None
+    if "mask" in sent:
+        like = maskable(build_model(cfg))
+        count = sum(w.numel() for w in like.values())
+        bits = np.unpackbits(sent["mask"].numpy(), count=count)
+        entries = torch.from_numpy(bits).bool()
+        mask = unflatten(entries.to(device()), like)
 
-    def mask_of(cfg, store, data, model, shards):
-        like = {n: model.get_parameter(n) for n in maskable(model)}
-        bits = np.unpackbits(sent["mask"].cpu().numpy(), count=sum(map(torch.numel, like.values())))
-        return unflat(torch.from_numpy(bits).bool().to(device()), like)
-
-    run, start = open_run(Config(**json.loads(config)), None, mask_of=mask_of,
-                          head_of=lambda *_: {n: sent[n] for n in HEAD})
-    if facts(run) != expected:
-        raise ValueError("this node's backbone is not the server's: it needs the same weights= "
-                         f"file and code. (server, node): {expected[:200]}, {facts(run)[:200]}")
+    run, start = open_run(cfg, None, head=head, mask=mask)
+    own = identity(run)
+    wanted = json.loads(expected)
+    differ = [n for n in wanted if own.get(n) != wanted[n]]
+    if differ:
+        raise ValueError(f"this node's run is not the server's, they differ in {differ}: it needs "
+                         "the same code and the same weights")
     return run, start
 
 
 @client.train()
 def train_clients(message: Message, context: Context) -> Message:
-    """The weights and losses of the clients that the server names."""
-    task = message.content["task"]
-    if "setup" in message.content:
-        context.state["setup"] = message.content["setup"]
+    """The updates of the clients that the server names."""
+    content = message.content
+    if "setup" in content:
+        context.state["setup"] = content["setup"]
     setup = context.state["setup"]
-    run, start = worker(setup["config"], setup["facts"], setup["tensors"])
-    params = unpack(run, message.content["weights"]["free"], start.params)
-    state, weights, losses = State(params, round=task["round"]), ArrayRecord(), MetricRecord()
+    run, start = open_worker(setup["config"], setup["identity"], setup["tensors"])
+
+    task = content["task"]
+    params = unpack(run, content["weights"]["trainable"], start.params)
+    memory = unpack_groups(content["algorithm_state"])
+    state = State(params, task["round"], algorithm_state=memory)
+    vectors, losses, messages = {}, {}, {}
     for k in task["clients"]:
-        run.load(params)
-        losses[str(k)] = client_update(run, state, k, task["lr"]).item()
-        weights[str(k)] = pack(run, run.trained)
-    return Message(RecordDict({"weights": weights, "losses": losses}), reply_to=message)
+        update = client_update(run, state, k, task["lr"])
+        vectors[str(k)] = pack(run, update.vector)
+        losses[str(k)] = update.loss.item()
+        messages[str(k)] = update.message
+    answer = RecordDict({
+        "vectors": ArrayRecord(vectors),
+        "losses": MetricRecord(losses),
+        "messages": pack_groups(messages),
+    })
+    return Message(answer, reply_to=message)
 
 
 # ------------------------------------------------------------------ the server
-def order(run: Run, state: State, share: dict[int, list[int]], lr: float, known: set[int],
-          ttl: float) -> list[Message]:
-    """One message to each node of `share`, with what is frozen for those that do not know it."""
-    weights = ArrayRecord({"free": pack(run, state.params)})
-    setup = {} if known.issuperset(share) else {"setup": setup_of(run)}
-    return [Message(RecordDict({
-        "weights": weights, "task": ConfigRecord(dict(round=state.round, lr=lr, clients=clients)),
-        **({} if node in known else setup)}), node, "train", ttl=ttl, group_id=str(state.round + 1))
-        for node, clients in share.items()]
+def tasks_of(run: Run, state: State, parts: dict, lr: float, known: set, timeout: float
+             ) -> list[Message]:
+    """A message to each node of `parts`, with what is frozen for those that are not `known`."""
+    common = {"weights": ArrayRecord({"trainable": pack(run, state.params)})}
+    # Only what runs on clients may read the server's memory; otherwise it stays at home.
+    reads_memory = overrides(run.cfg, "local_gradient") or overrides(run.cfg, "client_message")
+    common["algorithm_state"] = pack_groups(state.algorithm_state if reads_memory else {})
+    setup = None
+    messages = []
+    for node, clients in parts.items():
+        content = dict(common)
+        content["task"] = ConfigRecord(dict(round=state.round, lr=lr, clients=clients))
+        if node not in known:
+            setup = setup or setup_of(run)
+            content["setup"] = setup
+        group = str(state.round + 1)
+        messages.append(
+            Message(RecordDict(content), node, "train", ttl=timeout, group_id=group))
+    return messages
 
 
-def ask_nodes(grid: Grid, known: set[int], timeout: float, run: Run, state: State,
-              clients: list[int], lr: float) -> dict:
-    """`ask_clients` by the nodes: a failed one's clients are dealt out again to the others.
+def update_from(run: Run, state: State, content: RecordDict, k: int) -> ClientUpdate:
+    """Client k's part of what a node answered."""
+    zeros = {n: torch.zeros_like(w) for n, w in state.params.items()}
+    vector = unpack(run, content["vectors"][str(k)], zeros)
+    loss = content["losses"][str(k)]
+    messages = unpack_groups(content["messages"])
+    message = messages.get(str(k), {})
+    return ClientUpdate(k, torch.tensor(loss, device=device()), vector, message)
+
+
+def ask_once(grid: Grid, messages: list[Message], timeout: float
+             ) -> tuple[dict[int, RecordDict], dict[int, str]]:
+    """Answers by node, and the reasons of those that failed."""
+    asked = {m.metadata.message_id: m.metadata.dst_node_id for m in messages}
+    answers = {}
+    silence = f"no answer within {timeout:g} s"
+    failed = dict.fromkeys(asked.values(), silence)
+    # Of a node that is gone the SuperLink sends a reply, as an error.
+    for reply in grid.send_and_receive(messages, timeout=timeout):
+        node = asked.get(reply.metadata.reply_to_message_id)
+        if reply.has_error():
+            failed[node] = reply.error.reason
+        else:
+            answers[node] = reply.content
+            del failed[node]
+    return answers, failed
+
+
+def train_cohort(grid: Grid, known: set[int], timeout: float, run: Run, state: State,
+                 clients: list[int], lr: float) -> CohortUpdate:
+    """`utils.train_cohort` by the nodes: a failed one's clients are dealt out again to the others.
 
     RuntimeError where none answers; clients whom no node could train are left out, with a warning.
     """
-    answers, failed = {}, {}
-    while waiting := [k for k in clients if k not in answers]:
+    contents = {}  # by client, unpacked when it is its turn
+    failed = {}
+    waiting = clients
+    while waiting:
         nodes = [node for node in sorted(grid.get_node_ids()) if node not in failed]
-        share = {node: part for i, node in enumerate(nodes) if (part := waiting[i::len(nodes)])}
-        if not share:
+        nodes = nodes[:len(waiting)]
+        parts = {}
+        for i, node in enumerate(nodes):
+            parts[node] = waiting[i::len(nodes)]
+        if not parts:
             break
-        failed |= dict.fromkeys(share, f"no answer within {timeout:g} s")
-        messages = order(run, state, share, lr, known, timeout)
-        replies = grid.send_and_receive(messages, timeout=timeout)
-        asked = {m.metadata.message_id: m.metadata.dst_node_id for m in messages}
-        for reply in replies:  # of a node that is gone the SuperLink sends one, as an error
-            node = asked.get(reply.metadata.reply_to_message_id)
-            if reply.has_error():
-                failed[node] = reply.error.reason
-                continue
-            known.add(node)
-            del failed[node]
-            answers |= {int(k): (weights, reply.content["losses"][k])
-                        for k, weights in reply.content["weights"].items()}
-        known.difference_update(failed)
+        messages = tasks_of(run, state, parts, lr, known, timeout)
+        answers, silent = ask_once(grid, messages, timeout)
+        failed |= silent
+        # A node that failed may have been started anew: it is told all again.
+        known.difference_update(silent)
+        known.update(answers)
+        for content in answers.values():
+            contents |= {int(k): content for k in content["vectors"]}
+        waiting = [k for k in clients if k not in contents]
+
+    number = state.round + 1
     if failed:
-        log.warning("round %d: nodes failed: %s", state.round + 1, failed)
-    if not answers:
-        raise RuntimeError(f"round {state.round + 1}: no node answered. Nodes failed: {failed}")
+        log.warning("round %d: nodes failed: %s", number, failed)
+    if not contents:
+        raise RuntimeError(f"round {number}: no node answered. Nodes failed: {failed}")
     if waiting:
         log.warning("round %d: clients %s are left out, the average is over the %d that answered",
-                    state.round + 1, waiting, len(answers))
-
-    def answer(k):
-        weights, loss = answers.pop(k)
-        run.load(unpack(run, weights, state.params))
-        return loss
-    return {k: partial(answer, k) for k in clients if k in answers}
+                    number, waiting, len(contents))
+    answered = [k for k in clients if k in contents]
+    updates = (update_from(run, state, contents[k], k) for k in answered)
+    return accumulate_update(run, state, updates, shares_of(run, answered))
 
 
 def wait_for_nodes(grid: Grid, number: int, timeout: float):
     """RuntimeError unless so many nodes have connected in time."""
     end = time.monotonic() + timeout
-    while (found := len(list(grid.get_node_ids()))) < number:
+    found = len(list(grid.get_node_ids()))
+    while found < number:
         if time.monotonic() > end:
             raise RuntimeError(f"{found} of {number} nodes after {timeout:g} s: start more "
                                "SuperNodes, or lower `nodes`")
         time.sleep(1)
+        found = len(list(grid.get_node_ids()))
 
 
 @server.main()
 def main(grid: Grid, context: Context):
     given = context.run_config
     cfg = configure(given["preset"], *shlex.split(given["config"]))
-    if cfg.algorithm not in ("fedavg", "fedprox"):
-        raise ValueError(f"algorithm={cfg.algorithm!r} does not run on Flower: choose 'fedavg' or "
-                         "'fedprox', or start distributed/train.py by torchrun")
+    check_algorithm(cfg)
+    cfg = with_data(given["preset"], cfg)
     wait_for_nodes(grid, given["nodes"], given["timeout"])
-    ask = partial(ask_nodes, grid, set(), given["timeout"])
-    result = train(cfg, open_store(given["preset"]), step=partial(federated_round, ask=ask))
+    ask_nodes = partial(train_cohort, grid, set(), given["timeout"])
+    step = partial(federated_round, train_cohort=ask_nodes)
+    result = train(cfg, open_store(given["preset"]), step=step)
     if result["status"] not in ("finished", "diverged"):
         raise RuntimeError(f"{result['run']} is {result['status']}: start it again to go on")
     log.info("%s: %s", result["run"], result["status"])

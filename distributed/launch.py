@@ -7,9 +7,11 @@ A preset, fields of `Config` as for train.py, then options of `flwr run`. Withou
 name from Flower's config.toml) the simulation engine runs on this machine, in a SuperLink that ends
 with the run; the option above, with client-resources-num-gpus=1, gives each worker a GPU.
 """
+import importlib.util
 import json
 import os
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -25,11 +27,26 @@ def flower(*args: str, **options) -> subprocess.CompletedProcess:
     return subprocess.run(["flwr", *args], text=True, **options)
 
 
+def prepend(variable: str, folder: Path):
+    """Puts a folder in front of those that an environment variable lists."""
+    old = os.environ.get(variable)
+    folders = [str(folder)] + ([old] if old else [])
+    os.environ[variable] = os.pathsep.join(folders)
+
+
 def search_paths():
     """Flower's commands call each other by name, and the app imports utils.py."""
-    for variable, folder in ("PATH", Path(sys.executable).parent), ("PYTHONPATH", HERE.parent):
-        old = os.environ.get(variable)
-        os.environ[variable] = os.pathsep.join([str(folder), *filter(None, [old])])
+    prepend("PATH", Path(sys.executable).parent)
+    prepend("PYTHONPATH", HERE.parent)
+
+
+def check_installed(simulated: bool):
+    """Exits with the package to install where Flower, or its simulation engine, is missing."""
+    missing = [name for name in ("flwr", "flower-superlink") if shutil.which(name) is None]
+    if simulated and importlib.util.find_spec("ray") is None:
+        missing.append("ray")
+    if missing:
+        sys.exit(f"{' and '.join(missing)} cannot be found: pip install \"flwr[simulation]>=1.41\"")
 
 
 @contextmanager
@@ -40,14 +57,14 @@ def superlink(*options: str):
         port = probe.getsockname()[1]
         probe.close()
         Path(home, "config.toml").write_text(
-            f'[superlink.own]\naddress = "127.0.0.1:{port}"\ninsecure = true\n')
+            f'[superlink.own]\naddress = "127.0.0.1:{port}"\ninsecure = true\n', encoding="utf-8")
         os.environ["FLWR_HOME"] = home
         process = subprocess.Popen(
             ["flower-superlink", "--insecure", "--port", str(port),
              "--disable-runtime-dependency-installation", *options],
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
-            while socket.socket().connect_ex(("127.0.0.1", port)):
+            while socket.socket().connect_ex(("127.0.0.1", port)):  # nonzero: nobody listens
                 if process.poll() is not None:
                     raise RuntimeError(f"flower-superlink exited with {process.returncode}")
                 time.sleep(0.2)
@@ -67,10 +84,11 @@ def launch(link: str, name: str, changes: list[str], options: list[str]) -> str:
     config = f"preset={json.dumps(name)} config={json.dumps(shlex.join(changes))}"
     started = flower("run", str(HERE), link, "--run-config", config, "--format", "json", *options,
                      stdout=subprocess.PIPE)
-    answer, status = last_json(started.stdout), ""
+    answer = last_json(started.stdout)
     if not answer["success"]:
         sys.exit(answer["error-message"])
     run_id = answer["run-id"]
+    status = ""
     while not status.startswith("finished"):  # the log may break off before the run does
         flower("log", run_id, link, "--stream")
         listed = flower("ls", link, "--run-id", run_id, "--format", "json", stdout=subprocess.PIPE)
@@ -80,15 +98,21 @@ def launch(link: str, name: str, changes: list[str], options: list[str]) -> str:
 
 
 def main(name: str, *args: str):
-    args, link = list(args), None
-    search_paths()
+    args = list(args)
+    link = None
     if "--superlink" in args:
         i = args.index("--superlink")
-        _, link = args.pop(i), args.pop(i)
-    first = next((i for i, a in enumerate(args) if a.startswith("-")), len(args))
+        link = args[i + 1]
+        del args[i:i + 2]
+    options = [i for i, word in enumerate(args) if word.startswith("-")]
+    first = options[0] if options else len(args)
+
+    search_paths()
+    check_installed(simulated=link is None)
     with nullcontext() if link else superlink("--simulation"):
         status = launch(link or "own", name, args[:first], args[first:])
-    sys.exit(None if status == "finished:completed" else f"The run ended as {status}.")
+    if status != "finished:completed":
+        sys.exit(f"The run ended as {status}.")
 
 
 if __name__ == "__main__":

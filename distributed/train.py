@@ -1,22 +1,28 @@
 """One run from the command line, in one process or, by torchrun, in several.
 
     python distributed/train.py demo rule=least_sensitive num_rounds=20
-    torchrun --nproc-per-node 2 distributed/train.py lite classes_per_client=5
+    torchrun --nproc-per-node 2 distributed/train.py lite classes_per_client=5 algorithm=scaffold
 
-A preset, then fields of `Config` with values in Python's notation (bare words are text). Under
-torchrun each process trains its share of every cohort and one all-reduce a round sums the task
-vectors, on GPUs by NCCL and else by gloo; the run may be resumed with another number of them.
+A preset, then fields of `Config` with values in Python's notation (bare words are text). Results
+go to results/, those of "demo" to results/demo/, or to the like of $RESULTS_DIR.
 """
 import ast
+import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils import Config, leave_ranks, open_store, preset, ranks, train  # noqa: E402
+import notebooks.extension  # noqa: E402, F401  (registers the algorithms beyond FedAvg)
+import torch.distributed as dist  # noqa: E402
+
+import utils  # noqa: E402
+from utils import ROOT, Config, Store, load_data, or_synthetic, preset  # noqa: E402
 
 
-def value(text: str):
+def parse_value(text: str):
+    """A Python literal, or the text itself where it is none."""
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
@@ -24,16 +30,53 @@ def value(text: str):
 
 
 def configure(name: str, *changes: str) -> Config:
-    return preset(name, **{k: value(v) for k, _, v in (c.partition("=") for c in changes)})
+    """The preset with changes like "lr=0.1"; ValueError for a word without "="."""
+    values = {}
+    for change in changes:
+        field, equals, text = change.partition("=")
+        if not equals:
+            raise ValueError(f"{change!r} must be a field of Config with its value: field=value")
+        values[field] = parse_value(text)
+    return replace(preset(name), **values)
+
+
+def with_data(name: str, cfg: Config) -> Config:
+    """The configuration once its data set is at hand; "demo" falls back to synthetic images."""
+    if name == "demo":
+        return or_synthetic(cfg)
+    load_data(cfg)
+    return cfg
+
+
+def open_store(name: str) -> Store:
+    """The project's store; TRAIN=no in the environment freezes it."""
+    root = Path(os.environ.get("RESULTS_DIR") or ROOT / "results")
+    if name == "demo":
+        root = root / "demo"
+    return Store(root, frozen=os.environ.get("TRAIN") == "no")
+
+
+def report(result: dict):
+    test = ""
+    if "test" in result:
+        test = f", test {result['test']['top1']:.2%}"
+    print(f"{result['run']}: {result['status']}{test}")
 
 
 def main(name: str, *changes: str):
     cfg = configure(name, *changes)
-    result = train(cfg, open_store(name))
-    if ranks()[0] == 0:
-        test = f", test {result['test']['top1']:.2%}" if "test" in result else ""
-        print(f"{result['run']}: {result['status']}{test}")
-    leave_ranks()
+    if not dist.is_torchelastic_launched():
+        report(utils.train(with_data(name, cfg), open_store(name)))
+        return
+
+    import torchrun
+    torchrun.init_process_group(cfg)
+    # One process downloads what is missing, and the others find it.
+    cfg = torchrun.broadcast_object(lambda: with_data(name, cfg))
+    result = torchrun.train(cfg, open_store(name))
+    if dist.get_rank() == 0:
+        report(result)
+    torchrun.destroy_process_group()
 
 
 if __name__ == "__main__":
