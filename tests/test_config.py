@@ -247,7 +247,7 @@ class Idea(Base):
 def score(weights, fisher, draw):
     return {n: w.abs() for n, w in weights.items()}
 """
-LAYOUT = IDEA.replace("    def server_step", '    """What it is."""\n    # why\n    def server_step')
+LAYOUT = IDEA.replace("    strength", '    """What it is."""\n    # why\n    strength')
 EDITS = {"method": ("{}", "{'m': update.vector}"), "constant of its base": ("0.5", "0.25")}
 
 

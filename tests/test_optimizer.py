@@ -116,3 +116,82 @@ def test_a_mask_of_another_shape_is_a_value_error_that_names_both(mlp):
     for wrong in (torch.ones(16, 1), torch.ones(12), torch.tensor(1.0)):  # all would broadcast
         with pytest.raises(ValueError, match=r"0\.weight.*\(16, 12\)"):
             SparseSGDM(mlp.named_parameters(), 0.1, mask=half(mlp) | {"0.weight": wrong})
+
+
+# ------------------------------------------------------------------ frozen means frozen
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_frozen_entries_stay_after_the_state_of_a_dense_optimizer_is_loaded(mlp, nesterov):
+    mask = half(mlp)
+    settings = dict(lr=0.1, momentum=0.9, weight_decay=1e-2, nesterov=nesterov)
+    dense = torch.optim.SGD(mlp.parameters(), **settings)
+    stepped(mlp, dense, gradients(mlp, 3))
+    start = {n: p.detach().clone() for n, p in mlp.named_parameters()}
+    sparse = SparseSGDM(mlp.named_parameters(), **settings, mask=mask)
+    sparse.load_state_dict(dense.state_dict())
+    after = stepped(mlp, sparse, gradients(mlp, 3))
+    for n, c in mask.items():
+        assert torch.equal(bits(after[n])[~c], bits(start[n])[~c])
+        assert (after[n][c] != start[n][c]).all()
+
+
+def test_trainable_entries_keep_the_momentum_that_is_loaded(mlp):
+    mask = {n: torch.ones_like(p, dtype=torch.bool) for n, p in mlp.named_parameters()}
+    grads = gradients(mlp, 6)
+    whole = trained(mlp, grads, SparseSGDM, mask=mask)
+    first = SparseSGDM(mlp.named_parameters(), 0.1, mask=mask)
+    stepped(mlp, first, grads[:3])
+    second = SparseSGDM(mlp.named_parameters(), 0.1, mask=mask)
+    second.load_state_dict(first.state_dict())
+    after = stepped(mlp, second, grads[3:])
+    assert all(torch.equal(after[n], whole[n]) for n in whole)
+
+
+def test_frozen_entries_stay_under_a_decay_set_in_the_parameter_groups(mlp):
+    mask = half(mlp)
+    start = {n: p.detach().clone() for n, p in mlp.named_parameters()}
+    optimizer = SparseSGDM(mlp.named_parameters(), 0.1, mask=mask)
+    optimizer.param_groups[0]["weight_decay"] = 0.1
+    grads = gradients(mlp, 3)
+    after = stepped(mlp, optimizer, grads)
+    assert optimizer.param_groups[0]["weight_decay"] == 0.1
+    mlp.load_state_dict(start)
+    decayed = stepped(mlp, torch.optim.SGD(mlp.parameters(), 0.1, 0.9, weight_decay=0.1), grads)
+    for n, c in mask.items():
+        assert torch.equal(bits(after[n])[~c], bits(start[n])[~c])
+        assert torch.equal(bits(after[n])[c], bits(decayed[n])[c])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_gradient_that_is_not_finite_moves_no_frozen_weight(mlp, bad):
+    mask = half(mlp)
+    start = {n: p.detach().clone() for n, p in mlp.named_parameters()}
+    optimizer = SparseSGDM(mlp.named_parameters(), 0.1, weight_decay=0.1, mask=mask)
+    for n, p in mlp.named_parameters():
+        p.grad = torch.where(mask[n], torch.ones_like(p), bad)
+    optimizer.step()
+    for n, p in mlp.named_parameters():
+        assert torch.equal(p[~mask[n]], start[n][~mask[n]])
+        assert p.isfinite().all()
+
+
+def test_a_gradient_that_is_not_finite_is_not_hidden_in_trainable_weights(mlp):
+    ones = {n: torch.ones_like(p, dtype=torch.bool) for n, p in mlp.named_parameters()}
+    optimizer = SparseSGDM(mlp.named_parameters(), 0.1, mask=ones)
+    for p in mlp.parameters():
+        p.grad = torch.full_like(p, float("nan"))
+    optimizer.step()
+    assert all(p.isnan().all() for p in mlp.parameters())
+
+
+def test_a_closure_is_called_and_its_loss_returned(mlp):
+    optimizer = SparseSGDM(mlp.named_parameters(), 0.1, mask=half(mlp))
+    x = torch.randn(4, 12)
+    start = mlp[0].weight.detach().clone()
+
+    def closure():
+        optimizer.zero_grad()
+        loss = mlp(x).square().mean()
+        loss.backward()
+        return loss
+    assert optimizer.step(closure).item() > 0
+    assert not torch.equal(mlp[0].weight, start)

@@ -1,16 +1,20 @@
-import math
-
 import pytest
 import torch
+from helpers import same
 
-from utils import add, apply_vector, drift, negate, scale, task_vector
+from utils import (
+    add,
+    apply_vector,
+    flatten,
+    negate,
+    scale,
+    squared_norm,
+    task_vector,
+    unflatten,
+)
 
 A = {"w": torch.tensor([[1.0, -2.0], [3.0, 0.5]]), "b": torch.tensor([4.0])}
 B = {"w": torch.tensor([[0.5, 2.0], [-1.0, 8.0]]), "b": torch.tensor([-2.0])}
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
 
 
 def test_addition_is_entrywise_and_commutes():
@@ -58,25 +62,12 @@ def test_names_may_come_in_any_order():
     assert same(add(A, dict(reversed(B.items()))), add(A, B))
 
 
-def test_drift_by_hand():
-    found = drift([{"w": torch.tensor([3.0, 4.0]), "b": torch.tensor([0.0])},
-                   {"w": torch.tensor([4.0, -3.0]), "b": torch.tensor([0.0])},
-                   {"w": torch.tensor([6.0, 8.0]), "b": torch.tensor([0.0])}])
-    assert found["norms"] == [5, 5, 10]
-    assert torch.tensor(found["cosine"]).allclose(torch.tensor([[1.0, 0, 1], [0, 1, 0], [1, 0, 1]]))
-    assert found["sign_conflict"] == 0.5  # one of the two entries that any client moved
+def test_the_squared_norm_by_hand():
+    assert squared_norm(A).item() == 1 + 4 + 9 + 0.25 + 16
 
 
-def test_a_client_that_did_not_move_conflicts_with_nobody():
-    zero, one = {"w": torch.zeros(3)}, {"w": torch.tensor([1.0, -1.0, 0.0])}
-    found = drift([zero, one])
-    assert found["norms"] == [0, pytest.approx(math.sqrt(2))]
-    assert found["cosine"] == [[0, 0], [0, pytest.approx(1)]]
-    assert found["sign_conflict"] == 0
-    assert drift([zero, zero])["sign_conflict"] == 0
-
-
-def test_opposite_clients_are_in_full_conflict():
-    found = drift([A, negate(A)])
-    assert found["sign_conflict"] == 1
-    assert found["cosine"][0][1] == pytest.approx(-1)
+def test_flat_vectors_come_back_in_their_shapes_and_order():
+    assert flatten(A).tolist() == [1, -2, 3, 0.5, 4]
+    assert same(unflatten(flatten(A), B), A)
+    with pytest.raises((ValueError, RuntimeError)):
+        unflatten(torch.zeros(4), A)
