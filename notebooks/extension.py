@@ -10,7 +10,8 @@ Each algorithm is a subclass of `utils.FedAvg` that overrides one or more of its
 registered at the end: importing this module makes `Config(algorithm="scaffold")` and the others
 possible. Constants stand inside the classes, for their source is part of a run's key.
 """
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 
@@ -155,8 +156,8 @@ class FedAdam(FedAvg):
         steps = state.round + 1
         first, second, step = {}, {}, {}
         for n, v in update.vector.items():
-            first[n] = beta1 * memory["first"][n] + (1 - beta1) * v
-            second[n] = beta2 * memory["second"][n] + (1 - beta2) * v.square()
+            first[n] = memory["first"][n].lerp(v, 1 - beta1)
+            second[n] = memory["second"][n].lerp(v.square(), 1 - beta2)
             mean = first[n] / (1 - beta1**steps)
             square = second[n] / (1 - beta2**steps)
             step[n] = mean / (square.sqrt() + self.eps)
@@ -336,7 +337,7 @@ class HeldOutLengths(FedAvg):
             loss = F.cross_entropy(logits, run.data.labels[part], reduction="sum")
             weights = [run.trainable[n] for n in step]
             gradients = torch.autograd.grad(loss / len(index), weights)
-            products = [g * d for g, d in zip(gradients, step.values(), strict=True)]
+            products = torch._foreach_mul(gradients, list(step.values()))
             total = total + torch.stack([p.sum() for p in products])
         return total
 
@@ -400,19 +401,25 @@ register_algorithm("held_out_matched", HeldOutLengthsMatched)
 
 
 # ------------------------------------------------------------------ diagnostics: task vectors
-def rows_of(vectors: list[Params], name: str) -> Tensor:
-    """One tensor of each vector, as rows (clients, entries)."""
-    return torch.stack([vector[name].flatten() for vector in vectors])
+def rows_by_tensor(vectors: list[Params]) -> Iterator[Tensor]:
+    """Tensor by tensor, so that they need not all be laid out anew: rows (clients, entries)."""
+    for n in vectors[0]:
+        yield torch.stack([vector[n].flatten() for vector in vectors])
+
+
+def square_of(vectors: list[Params]) -> Tensor:
+    """Zeros, a number for each two clients."""
+    return torch.zeros(len(vectors), len(vectors), dtype=torch.float64)
 
 
 def pairwise_cosines(vectors: list[Params]) -> Tensor:
     """Cosines (clients, clients), float64; 0 with a vector that is zero."""
-    products = torch.zeros(len(vectors), len(vectors), dtype=torch.float64)
-    for n in vectors[0]:
-        rows = rows_of(vectors, n)
+    products = square_of(vectors)
+    for rows in rows_by_tensor(vectors):
         products += (rows @ rows.T).cpu()
     norms = products.diagonal().sqrt()
-    return products / (norms[:, None] * norms).clamp(min=1e-30)
+    lengths = norms[:, None] * norms
+    return products / lengths.clamp(min=1e-30)
 
 
 def pairwise_sign_agreement(vectors: list[Params]) -> Tensor:
@@ -421,14 +428,15 @@ def pairwise_sign_agreement(vectors: list[Params]) -> Tensor:
     (clients, clients), float64; NaN where two clients share no entry. Random signs give 0.5 however
     many clients there are.
     """
-    same_less_opposite = torch.zeros(len(vectors), len(vectors), dtype=torch.float64)
-    both = torch.zeros_like(same_less_opposite)
-    for n in vectors[0]:
-        signs = rows_of(vectors, n).sign()
+    same_less_opposite = square_of(vectors)
+    both_move = square_of(vectors)
+    for rows in rows_by_tensor(vectors):
+        signs = rows.sign()
         moved = signs.abs()
         same_less_opposite += (signs @ signs.T).cpu()
-        both += (moved @ moved.T).cpu()
-    return (same_less_opposite + both) / (2 * both)
+        both_move += (moved @ moved.T).cpu()
+    same = (same_less_opposite + both_move) / 2
+    return same / both_move
 
 
 def weighted_sign_agreement(vectors: list[Params]) -> float:
@@ -437,22 +445,22 @@ def weighted_sign_agreement(vectors: list[Params]) -> float:
     1 where no two clients disagree, 0 where they cancel; large entries count more. See
     `random_signs` for what chance gives.
     """
-    survives, moved = 0.0, 0.0
-    for n in vectors[0]:
-        rows = rows_of(vectors, n)
+    survives = 0.0
+    moved = 0.0
+    for rows in rows_by_tensor(vectors):
         survives += rows.sum(0).abs().sum().item()
         moved += rows.abs().sum().item()
     return survives / moved if moved else 1.0
 
 
 def random_signs(vectors: list[Params], draw: np.random.Generator) -> list[Params]:
-    """The vectors with the sizes of their entries and signs of chance: the floor of an agreement."""
+    """The vectors with their entries' sizes and signs of chance: the floor of an agreement."""
     flipped = []
     for vector in vectors:
         signs = {}
         for n, v in vector.items():
-            coins = torch.from_numpy(draw.integers(0, 2, v.shape)).to(v.device)
-            signs[n] = v * (2 * coins - 1)
+            coins = 2 * draw.integers(0, 2, v.shape) - 1
+            signs[n] = v * torch.from_numpy(coins).to(v)
         flipped.append(signs)
     return flipped
 
@@ -469,18 +477,27 @@ def damage_over_gain(change: Tensor, own: Tensor, everyone: Tensor) -> dict:
     """
     known = change.isfinite().all(0)
     change = change[:, known].double()
-    own = own[:, known].double()
-    others = everyone[known].double() - own
-    gain = -(change * own).sum(1) / own.sum(1).clamp(min=1)
-    damage = (change * others).sum(1) / others.sum(1).clamp(min=1)
-    total = gain.sum().item()
-    ratio = damage.sum().item() / total if total > 0 else None
+    own = own[:, known]
+    others = everyone[known] - own
+    gain = -weighted_mean(change, own)
+    damage = weighted_mean(change, others)
+    total = gain.sum()
+    ratio = None
+    if total > 0:
+        ratio = (damage.sum() / total).item()
     return dict(gain=gain.tolist(), damage=damage.tolist(), ratio=ratio)
+
+
+def weighted_mean(values: Tensor, counts: Tensor) -> Tensor:
+    """Means (rows,) of values (rows, n) by counts (rows, n); 0 where there is none."""
+    total = (values * counts).sum(1)
+    return total / counts.sum(1).clamp(min=1)
 
 
 def class_means(values: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     """Means (classes,) of values (n,) by class; NaN for a class without images."""
-    sums = torch.zeros(num_classes, device=values.device).index_add(0, labels, values)
+    sums = values.new_zeros(num_classes)
+    sums.index_add_(0, labels, values)
     return sums / torch.bincount(labels, minlength=num_classes)
 
 
@@ -491,9 +508,8 @@ def disentanglement_error(single: Tensor, joint: Tensor, owned: Tensor) -> float
     of the share of images. `single` (clients, n) are predictions at w + tau_k, `joint` (n,) those
     at w + sum of tau, and `owned` (clients, n) is True for images of the client's classes.
     """
-    differs = (single != joint) & owned
-    shares = differs.sum(1) / owned.sum(1).clamp(min=1)
-    return shares.mean().item()
+    differs = (single != joint).double()
+    return weighted_mean(differs, owned).mean().item()
 
 
 def localization_error(single: Tensor, start: Tensor, owned: Tensor) -> float | None:
@@ -504,12 +520,11 @@ def localization_error(single: Tensor, start: Tensor, owned: Tensor) -> float | 
     has all classes.
     """
     foreign = ~owned
-    counts = foreign.sum(1)
-    some = counts > 0
-    if not some.any():
+    has_some = foreign.any(1)
+    if not has_some.any():
         return None
-    changed = ((single != start) & foreign).sum(1)
-    return (changed[some] / counts[some]).mean().item()
+    changed = (single != start).double()
+    return weighted_mean(changed, foreign)[has_some].mean().item()
 
 
 def zero_classes(per_class: list[float | None]) -> float:
@@ -520,24 +535,50 @@ def zero_classes(per_class: list[float | None]) -> float:
 
 def overlap(a: Params, b: Params) -> float:
     """Intersection over union of the True entries of two masks; 1 where neither has any."""
-    if a.keys() != b.keys():
-        raise KeyError(f"only one of the two masks has {sorted(a.keys() ^ b.keys())}")
-    both = sum(int((a[n] & b[n]).sum()) for n in a)
-    either = sum(int((a[n] | b[n]).sum()) for n in a)
+    foreign = sorted(a.keys() ^ b.keys())
+    if foreign:
+        raise KeyError(f"only one of the two masks has {foreign}")
+    both = 0
+    either = 0
+    for n in a:
+        both += int((a[n] & b[n]).sum())
+        either += int((a[n] | b[n]).sum())
     return both / either if either else 1.0
 
 
 # ------------------------------------------------------------------ diagnostics: of a run
 def measures_sha256() -> str:
     """Of all that measures: an edited measure never returns what an older one found."""
-    measures = (pairwise_cosines, pairwise_sign_agreement, weighted_sign_agreement, random_signs,
-                damage_over_gain, class_means, disentanglement_error, localization_error, overlap,
-                sample, answers, class_counts, cohort_vectors, diagnose, disagreement,
-                interference, along, unlearn, own_and_others, overlaps, mask_noise_floor)
+    measures = (
+        pairwise_cosines,
+        pairwise_sign_agreement,
+        weighted_sign_agreement,
+        random_signs,
+        damage_over_gain,
+        weighted_mean,
+        class_means,
+        disentanglement_error,
+        localization_error,
+        overlap,
+        sample,
+        answers,
+        class_counts,
+        cohort_vectors,
+        diagnose,
+        disagreement,
+        interference,
+        along,
+        unlearn,
+        right_answers,
+        mean_where,
+        overlaps,
+        mask_noise_floor,
+    )
     return json_sha256([source_sha256(function) for function in measures])
 
 
-def kept(kind: str, cfg: Config, store: Store, options: dict, measure: Callable[[Run], dict]) -> dict:
+def kept(kind: str, cfg: Config, store: Store, options: dict,
+         measure: Callable[[Run, State], dict]) -> dict:
     """`measure(run, state)` at the run's weights, once: kept in notes/, {} in a frozen store.
 
     `options["at"]` is "last" for the weights of the finished run, "start" for those before the
@@ -588,10 +629,16 @@ def answers(run: Run, params: Params, images: Tensor, labels: Tensor,
     return torch.cat(losses), torch.cat(predictions)
 
 
+def number_of_classes(run: Run) -> int:
+    return int(run.data.labels.max()) + 1
+
+
 def class_counts(run: Run, clients: list[int], num_classes: int) -> Tensor:
     """Training images of each class at each client (clients, classes)."""
-    counts = [torch.bincount(run.data.labels[run.shards[k]], minlength=num_classes)
-              for k in clients]
+    counts = []
+    for k in clients:
+        labels = run.data.labels[run.shards[k]]
+        counts.append(torch.bincount(labels, minlength=num_classes))
     return torch.stack(counts)
 
 
@@ -601,7 +648,8 @@ def cohort_vectors(run: Run, state: State) -> tuple[list[int], list[Params]]:
     At the run's own rate a cosine would have them stand still at the end. Holds all vectors.
     """
     cfg = run.cfg
-    clients = cohort(cfg.num_clients, cfg.participation, "cohort", cfg.seed, state.round).tolist()
+    key = ("cohort", cfg.seed, state.round)
+    clients = cohort(cfg.num_clients, cfg.participation, *key).tolist()
     vectors = [client_update(run, state, k, cfg.lr).vector for k in clients]
     return clients, vectors
 
@@ -614,8 +662,8 @@ def diagnose(cfg: Config, store: Store, at: str = "last", images: int = 2000,
     `weighted_agreement` and its `weighted_floor` of random signs; `single` and `mean`, the
     `damage_over_gain` of the vectors and of their mean; `localization_error`;
     `disentanglement_error` with the sum of the vectors, and `mean_error` with their mean in its
-    place; `alphas`, `losses` and `top1` along the mean, where alpha = 0 is the run's weights. All on
-    about `images` validation images. See `kept` for `at` and errors.
+    place; `alphas`, `losses` and `top1` along the mean, where alpha = 0 is the run's weights. All
+    on about `images` validation images. See `kept` for `at` and errors.
     """
     options = dict(at=at, images=images, alphas=[0.0, *alphas])
 
@@ -624,29 +672,37 @@ def diagnose(cfg: Config, store: Store, at: str = "last", images: int = 2000,
         shares = shares_of(run, clients)
         mean = FedAvg.combine(run.algorithm, vectors, shares, {})
         x, y = sample(run, images)
-        return (dict(clients=clients, shares=shares) | disagreement(run, vectors, mean)
-                | interference(run, state.params, clients, vectors, mean, x, y)
-                | along(run, state.params, mean, options["alphas"], x, y))
+        found = dict(clients=clients, shares=shares)
+        found |= disagreement(run, vectors, mean)
+        found |= interference(run, state.params, clients, vectors, mean, x, y)
+        found |= along(run, state.params, mean, options["alphas"], x, y)
+        return found
     return kept("diagnosis", cfg, store, options, measure)
 
 
 def disagreement(run: Run, vectors: list[Params], mean: Params) -> dict:
-    """Norms, cosines and agreement in sign; NaN, which JSON lacks, becomes None."""
+    """Norms, cosines and agreement in sign."""
+    norms = [squared_norm(v).sqrt().item() for v in vectors]
     by_chance = random_signs(vectors, rng("scorers", run.cfg.seed))
     agreement = pairwise_sign_agreement(vectors).tolist()
     return dict(
-        norms=[squared_norm(v).sqrt().item() for v in vectors],
+        norms=norms,
         mean_norm=squared_norm(mean).sqrt().item(),
         cosine=pairwise_cosines(vectors).tolist(),
-        sign_agreement=[[None if a != a else a for a in row] for row in agreement],
+        sign_agreement=[without_nan(row) for row in agreement],
         weighted_agreement=weighted_sign_agreement(vectors),
         weighted_floor=weighted_sign_agreement(by_chance))
+
+
+def without_nan(row: list[float]) -> list[float | None]:
+    """None, which JSON has, for NaN, which it lacks."""
+    return [None if math.isnan(value) else value for value in row]
 
 
 def interference(run: Run, start: Params, clients: list[int], vectors: list[Params], mean: Params,
                  images: Tensor, labels: Tensor) -> dict:
     """What single vectors, their mean and their sum do to own and to others' classes."""
-    num_classes = int(run.data.labels.max()) + 1
+    num_classes = number_of_classes(run)
     own = class_counts(run, clients, num_classes)
     everyone = class_counts(run, range(run.cfg.num_clients), num_classes).sum(0)
     owned = own[:, labels] > 0
@@ -680,7 +736,8 @@ def along(run: Run, start: Params, vector: Params, alphas: list[float], images: 
     for alpha in alphas:
         loss, prediction = answers(run, apply_vector(start, vector, alpha), images, labels)
         losses.append(loss.mean().item())
-        top1.append((prediction == labels).float().mean().item())
+        hits = (prediction == labels).float()
+        top1.append(hits.mean().item())
     return dict(alphas=alphas, losses=losses, top1=top1)
 
 
@@ -698,26 +755,37 @@ def unlearn(cfg: Config, store: Store, number: int = 5, images: int = 5000,
 
     def measure(run, state):
         clients, vectors = cohort_vectors(run, state)
+        clients = clients[:number]
         x, y = sample(run, images)
-        counts = class_counts(run, clients, int(run.data.labels.max()) + 1)
-        found = dict(clients=clients[:number], classes=[], alphas=list(alphas), own=[], others=[])
-        for vector, count in zip(vectors[:number], counts[:number], strict=True):
-            found["classes"].append(count.nonzero()[:, 0].tolist())
-            rows = [own_and_others(run, apply_vector(state.params, vector, -alpha), x, y, count)
-                    for alpha in alphas]
-            found["own"].append([row[0] for row in rows])
-            found["others"].append([row[1] for row in rows])
+        counts = class_counts(run, clients, number_of_classes(run))
+        found = dict(clients=clients, alphas=list(alphas), classes=[], own=[], others=[])
+        for k in range(len(clients)):
+            mine = counts[k] > 0
+            own = []
+            others = []
+            for alpha in alphas:
+                params = apply_vector(state.params, vectors[k], -alpha)
+                hits = right_answers(run, params, x, y)
+                own.append(mean_where(hits, mine[y]))
+                others.append(mean_where(hits, ~mine[y]))
+            found["classes"].append(mine.nonzero()[:, 0].tolist())
+            found["own"].append(own)
+            found["others"].append(others)
         return found
     return kept("unlearning", cfg, store, options, measure)
 
 
-def own_and_others(run: Run, params: Params, images: Tensor, labels: Tensor,
-                   count: Tensor) -> list[float | None]:
-    """Accuracies on images of the classes that `count` (classes,) has, and on those of the others."""
+def right_answers(run: Run, params: Params, images: Tensor, labels: Tensor) -> Tensor:
+    """1 for each image (n,) that is classified rightly at these weights, else 0."""
     _, prediction = answers(run, params, images, labels)
-    hits = (prediction == labels).float()
-    own = count[labels] > 0
-    return [hits[part].mean().item() if part.any() else None for part in (own, ~own)]
+    return (prediction == labels).float()
+
+
+def mean_where(values: Tensor, chosen: Tensor) -> float | None:
+    """Mean of the chosen values; None where none is."""
+    if not chosen.any():
+        return None
+    return values[chosen].mean().item()
 
 
 def train_without(cfg: Config, client: int, store: Store, **options) -> dict:
@@ -736,7 +804,10 @@ def train_without(cfg: Config, client: int, store: Store, **options) -> dict:
 def overlaps(cfgs: list[Config], store: Store) -> dict:
     """{"iou": rows} of the `overlap` of each two runs' masks, kept; {} from a frozen store."""
     def compute():
-        masks = [open_run(cfg, store)[0].mask for cfg in cfgs]
+        masks = []
+        for cfg in cfgs:
+            run, _ = open_run(cfg, store)
+            masks.append(run.mask)
         return {"iou": [[overlap(a, b) for b in masks] for a in masks]}
     key = dict(runs=[run_key(cfg) for cfg in cfgs], code=measures_sha256())
     return store.compute_or_load("overlap", key, compute)
@@ -760,10 +831,11 @@ def mask_noise_floor(cfg: Config, store: Store, images: int | None = None) -> di
                              f"{len(run.data.train)} for training")
         order = rng("scorers", cfg.seed, 0).permutation(run.data.train)
         masks = []
-        for index in (order[:images], order[images:2 * images]):
-            masks.append(calibrate_mask(
+        for index in np.split(order[:2 * images], 2):
+            mask = calibrate_mask(
                 run.model, run.data.images[index], rule=cfg.rule, sparsity=cfg.sparsity,
-                rounds=cfg.calibration_rounds, seed=cfg.seed))
+                rounds=cfg.calibration_rounds, seed=cfg.seed)
+            masks.append(mask)
         return {"iou": overlap(*masks)}
     key = dict(run_key(cfg), images=images, code=measures_sha256())
     return store.compute_or_load("noise_floor", key, compute)
