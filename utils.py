@@ -211,12 +211,29 @@ def preset(name: str, **changes) -> Config:
     """The configuration "full", "lite", "small" or "demo", with `changes`.
 
     full: DINO ViT-S/16 at 224 px. lite: the same at 96 px. small: a ViT of 1.2 M parameters at 32
-    px, for a CPU. demo: the same on a tenth of the images, for minutes; see `or_synthetic` for
-    machines without CIFAR-100. Raises ValueError for another name.
+    px, for a CPU. demo: the same on a tenth of the images, for minutes; on synthetic images, with
+    a warning, where CIFAR-100 is not in `data_folder` and no `dataset` is asked for.
+    Raises ValueError for another name.
     """
     if name not in PRESETS:
         raise ValueError(f"preset {name!r} must be one of {tuple(PRESETS)}")
-    return replace(Config(), **PRESETS[name] | changes)
+    cfg = replace(Config(), **PRESETS[name] | changes)
+    stored = (data_folder() / "cifar-100-python").is_dir()
+    if name == "demo" and not stored and "dataset" not in changes:
+        return on_synthetic(cfg, f"cifar100 is not in {data_folder()}; load_data downloads it")
+    return cfg
+
+
+def on_synthetic(cfg: Config, reason: str) -> Config:
+    """`cfg` on synthetic images, with a warning: its accuracies mean nothing."""
+    warnings.warn(f"SYNTHETIC DATA, its accuracies mean nothing: {reason}", stacklevel=3)
+    # it has 120 images a class: with half of them all shardings of 100 clients can be had
+    return replace(cfg, dataset="synthetic", val_fraction=0.5)
+
+
+def data_folder() -> Path:
+    """$DATA_DIR, else data/ beside this file, wherever a notebook happens to run."""
+    return Path(os.environ.get("DATA_DIR") or ROOT / "data").expanduser()
 
 
 _MASK_FIELDS = {"sparsity", "calibration", "calibration_rounds", "calibration_images",
@@ -1582,11 +1599,6 @@ def segment(cfg: Config, done: int) -> dict:
 
 
 # ------------------------------------------------------------------ plumbing: data
-def data_folder() -> Path:
-    """$DATA_DIR, else data/ beside this file, wherever a notebook happens to run."""
-    return Path(os.environ.get("DATA_DIR") or ROOT / "data").expanduser()
-
-
 def load_data(cfg: Config) -> Data:
     """The data set on the device, downloaded if need be, split into training and validation.
 
@@ -1645,9 +1657,7 @@ def or_synthetic(cfg: Config) -> Config:
         load_data(cfg)
         return cfg
     except FileNotFoundError as error:
-        warnings.warn(f"SYNTHETIC DATA, its accuracies mean nothing: {error}", stacklevel=2)
-    # it has 120 images a class: with half of them all shardings of 100 clients can be had
-    return replace(cfg, dataset="synthetic", val_fraction=0.5)
+        return on_synthetic(cfg, str(error))
 
 
 # ------------------------------------------------------------------ plumbing: backbone

@@ -45,6 +45,7 @@ from statsmodels.stats.multitest import multipletests
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
+import notebooks.extension  # noqa: F401 - registers its algorithms
 import utils
 from utils import (
     ALGORITHMS,
@@ -104,7 +105,7 @@ def open_session(preset_name: str, seeds: int | Iterable[int] | None = None,
     Raises ValueError for an unknown preset, and RuntimeError where "full" or "lite" would train
     without a GPU, unless `on_cpu`.
     """
-    base = preset(preset_name)
+    base = preset(preset_name, dataset="cifar100")
     frozen = os.environ.get("TRAIN") == "no"
     needs_gpu = preset_name in ("full", "lite")
     if needs_gpu and device().type == "cpu" and not (on_cpu or frozen):
@@ -169,7 +170,8 @@ class Scale:
     search: int | None             # of a rate's search; None: the length of the run itself
     searches: bool                 # False takes the first guesses
     lengths: tuple[int, ...]       # of FedAvg IID, until it has converged
-    epochs: tuple[int, ...]        # of centralised training, the last being the baseline's
+    epochs: tuple[int, ...]        # of centralised training
+    baseline_epochs: int           # those of the baseline, whose rate they all take
     search_epochs: int
     decays: tuple[float, ...]
     batches: tuple[int, ...]
@@ -187,9 +189,8 @@ class Scale:
     map_rates: tuple[float, ...]
     consensus: tuple[tuple[str, float], ...]  # how clients' scores combine, share of the clients
     skews: tuple                   # Nc of consensus and methods
-    # Cells whose rate is searched at another's: {Nc: Nc} and {J: J}
-    sharding_stand_ins: dict = field(default_factory=dict)
-    steps_stand_ins: dict = field(default_factory=dict)
+    # {field: {value: value}}: cells with the first take the rate that is searched with the second
+    stand_ins: dict = field(default_factory=dict)
 
 
 ALL_RULES = ("least_sensitive", "most_sensitive", "lowest_magnitude", "highest_magnitude",
@@ -200,28 +201,31 @@ CONSENSUS = (("central", 1.0), ("mean", 1.0), ("max", 1.0), ("vote", 1.0), ("mea
 # small: lengths at which a doubling gains little; every cell's rate at its own length.
 _SMALL = Scale(
     headline=512, sweep=256, protocol=128, search=None, searches=True, lengths=(512, 1024, 2048),
-    epochs=(1, 2, 4, 8, 16), search_epochs=2, decays=(1e-4, 5e-4, 5e-3), batches=(32, 64, 128),
+    epochs=(1, 2, 4, 8, 16), baseline_epochs=8, search_epochs=2, decays=(1e-4, 5e-4, 5e-3), batches=(32, 64, 128),
     schedules=("cosine", "constant", "step", "warmup_cosine"),
     shardings=(None, 50, 10, 5, 1), local_steps=(4, 8, 16), nc=10,
     sparsities=(0.5, 0.8, 0.9, 0.95, 0.99), calibration_rounds=(1, 2, 4, 8),
     sweep_shardings=(None, 10, 1), rules=ALL_RULES, rule_shardings=(None, 10, 5, 1),
-    map_rules=(None, "least_sensitive", "most_sensitive", "random", "query_key"),
+    map_rules=(None, "least_sensitive", "most_sensitive", "random"),
     map_shardings=(None, 10, 1), map_rates=(0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0),
     consensus=CONSENSUS, skews=(10, 1))
 
 # lite and full: a T4 for hours, not days. A search costs four runs, so rates are searched at a
-# quarter of the sweeps' length, at three shardings and one J; what is shown is as long as it can be.
+# quarter of the sweeps' length, at three shardings and one J; what is shown is as long as can be.
 _T4 = replace(
     _SMALL, headline=512, sweep=256, protocol=64, search=64, lengths=(512, 1024),
-    epochs=(1, 2, 4, 8), search_epochs=1, decays=(1e-4, 5e-4), batches=(64, 128),
+    epochs=(1, 2, 4, 8, 16), search_epochs=1, decays=(1e-4, 5e-4), batches=(64, 128),
     map_rules=(None, "least_sensitive", "random"), map_shardings=(None, 1),
     map_rates=(3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1),
-    sharding_stand_ins={50: None, 5: 10}, steps_stand_ins={8: 4, 16: 4})
+    stand_ins={
+        "classes_per_client": {50: None, 5: 10}, "local_steps": {8: 4, 16: 4},
+        "calibration_rounds": {1: 4, 2: 4, 8: 4},
+        "algorithm": {"fedexp": "fedavg", "fedprox": "fedavg", "scaffold": "fedavg"}})
 
 # demo: every line of code in minutes; its accuracies say nothing.
 _DEMO = replace(
     _SMALL, headline=16, sweep=16, protocol=8, searches=False, lengths=(16,), epochs=(1, 2),
-    search_epochs=1, decays=(5e-4,), batches=(64,), schedules=("cosine", "constant"),
+    baseline_epochs=2, search_epochs=1, decays=(5e-4,), batches=(64,), schedules=("cosine", "constant"),
     nc=10, sparsities=(0.5, 0.9), calibration_rounds=(1, 4), sweep_shardings=(None, 10),
     rule_shardings=(None, 1), map_rules=(None, "least_sensitive"), map_shardings=(None,),
     map_rates=(0.03, 0.1), consensus=tuple((how, 0.1) for how, _ in CONSENSUS[:4]), skews=(5,))
@@ -299,7 +303,7 @@ def centralized_schedules(session: Session) -> Cells:
 def best_centralized(session: Session) -> Config:
     """The centralised configuration that was chosen on validation, at its final length."""
     start = best(centralized_schedules(session).values(), session.store)
-    return at_own_rate(replace(start, num_epochs=session.scale.epochs[-1]), session)
+    return at_own_rate(replace(start, num_epochs=session.scale.baseline_epochs), session)
 
 
 def centralized(session: Session) -> Cells:
@@ -447,7 +451,7 @@ def consensus(session: Session) -> Cells:
     return cells
 
 
-# What the server does beyond FedAvg, in the names of notebooks/extension.py.
+# What the server does: the label, and what it changes, in the names of notebooks/extension.py.
 METHODS = {
     "FedAvg": {},
     "FedExP": dict(algorithm="fedexp"),
@@ -456,18 +460,49 @@ METHODS = {
     "FedProx": dict(algorithm="fedprox"),
     "SCAFFOLD": dict(algorithm="scaffold"),
 }
+MERGES = {
+    "FedAvg": {},
+    "sign election": dict(algorithm="sign_election"),
+    "TIES": dict(algorithm="ties"),
+    "Fisher": dict(algorithm="fisher"),
+    "held-out lengths": dict(algorithm="held_out"),
+}
+# The same directions at the norm of FedAvg's update, and so at FedAvg's own rate.
+MATCHED = {
+    "sign election, matched": dict(algorithm="sign_election_matched"),
+    "TIES, matched": dict(algorithm="ties_matched"),
+    "Fisher, matched": dict(algorithm="fisher_matched"),
+    "held-out lengths, matched": dict(algorithm="held_out_matched"),
+}
 
 
 def methods(session: Session) -> Cells:
-    """Server algorithms and merges, dense and masked, each at its own rate."""
+    """Server algorithms of the literature, dense and masked, each at its own rate."""
+    return _by_server(METHODS, session)
+
+
+def merges(session: Session) -> Cells:
+    """Servers that merge task vectors, dense and masked, each at its own rate."""
+    return _by_server(MERGES, session)
+
+
+def matched_merges(session: Session) -> Cells:
+    """The merges at the norm of FedAvg's update and at FedAvg's rate: what their direction does."""
     cells = {}
-    for nc in session.scale.skews:
+    for label, cfg in _by_server({"FedAvg": {}}, session).items():
+        for name, changes in MATCHED.items():
+            cells[name, *label[1:]] = replace(cfg, **changes)
+    return cells
+
+
+def _by_server(table: dict[str, dict], session: Session) -> Cells:
+    scale = session.scale
+    cells = {}
+    for nc in scale.skews:
         for rule in (None, "least_sensitive"):
-            for label, changes in METHODS.items():
-                if changes.get("algorithm", "fedavg") not in ALGORITHMS:
-                    continue
+            for label, changes in table.items():
                 cfg = replace(session.base, classes_per_client=nc, rule=rule, **changes)
-                cfg = at_own_rate(with_steps(cfg, session.scale.sweep), session)
+                cfg = at_own_rate(with_steps(cfg, scale.sweep), session)
                 cells[label, "masked" if rule else "dense", nc_label(nc)] = cfg
     return cells
 
@@ -506,7 +541,11 @@ SECTIONS = {
                         every_seed=False, test=False),
     "speed_matched": Section("05", speed_matched, ("rule", "sharding"), searched=False),
     "methods": Section("05", methods, ("method", "weights trained", "sharding")),
-    "consensus": Section("05", consensus, ("combined by", "share of clients", "sharding")),
+    "merges": Section("05", merges, ("method", "weights trained", "sharding")),
+    "matched_merges": Section("05", matched_merges, ("method", "weights trained", "sharding"),
+                              searched=False),
+    "consensus": Section("05", consensus, ("combined by", "share of clients", "sharding"),
+                         searched=False),
 }
 
 
@@ -559,11 +598,12 @@ def first_guess(cfg: Config) -> float:
 def searched_like(cfg: Config, session: Session) -> Config:
     """The run, at seed 0 and the first guess, that stands for `cfg` in the search of its rate."""
     scale = session.scale
-    like = replace(
-        cfg, seed=0, test_curve=False, lr=first_guess(replace(cfg, lr=session.base.lr)),
-        classes_per_client=scale.sharding_stand_ins.get(cfg.classes_per_client,
-                                                        cfg.classes_per_client),
-        local_steps=scale.steps_stand_ins.get(cfg.local_steps, cfg.local_steps))
+    changes = {}
+    for name, stand_in in scale.stand_ins.items():
+        value = getattr(cfg, name)
+        changes[name] = stand_in.get(value, value)
+    like = replace(cfg, seed=0, test_curve=False, lr=session.base.lr, **changes)
+    like = replace(like, lr=first_guess(like))
     if scale.search is None:
         return like
     if cfg.centralized:
@@ -1478,8 +1518,9 @@ def throughput(preset_name: str, store: Store) -> tuple[float, str]:
     return T4_FLOPS, "estimated for a T4"
 
 
-def budget(preset_name: str, seeds: int = 1, store: Store | None = None) -> pd.DataFrame:
-    """A row a notebook, and their sum: runs, images, FLOP, GB on Drive, hours.
+def budget(preset_name: str, seeds: int = 1, store: Store | None = None,
+           by_section: bool = False) -> pd.DataFrame:
+    """A row a notebook (or section), and their sum: runs, images, FLOP, GB on Drive, hours.
 
     Nothing is trained or loaded: counted are the configurations, with RUNGS runs a search, as if
     nothing was stored. `store` tells the speed of this machine, if it has runs of this preset.
@@ -1492,8 +1533,8 @@ def budget(preset_name: str, seeds: int = 1, store: Store | None = None) -> pd.D
     counted = set()
     rows = {}
     for name, runs in plans.items():
-        row = rows.setdefault(SECTIONS[name].notebook, dict(
-            runs=0, trained=0, evaluated=0, flop=0.0, gigabytes=0.0))
+        group = f"{SECTIONS[name].notebook} {name}" if by_section else SECTIONS[name].notebook
+        row = rows.setdefault(group, dict(runs=0, trained=0, evaluated=0, flop=0.0, gigabytes=0.0))
         for run, (cfg, test, kept) in runs.items():
             if run in counted:
                 continue
@@ -1535,10 +1576,11 @@ def main(arguments: list[str] | None = None) -> int:
     counting = commands.add_parser("budget", help="what the presets cost")
     counting.add_argument("--preset", action="append", choices=list(SCALES))
     counting.add_argument("--seeds", type=int, default=1)
+    counting.add_argument("--by-section", action="store_true")
     asked = parser.parse_args(arguments)
 
     if asked.command == "budget":
-        print_budget(asked.preset or list(SCALES), asked.seeds)
+        print_budget(asked.preset or list(SCALES), asked.seeds, asked.by_section)
         return 0
     session = open_session(asked.preset, asked.seeds, hours=asked.hours, on_cpu=asked.on_cpu,
                            workers=asked.workers)
@@ -1550,12 +1592,13 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def print_budget(presets: list[str], seeds: int):
+def print_budget(presets: list[str], seeds: int, by_section: bool = False):
     for name in presets:
         part = "demo" if name == "demo" else ""
         store = Store(_folders(None, part)[0], frozen=True)
         print(f"{name}, {seeds} seed(s)")
-        print(budget(name, seeds, store).to_string(float_format="{:.3g}".format), end="\n\n")
+        table = budget(name, seeds, store, by_section)
+        print(table.to_string(float_format="{:.3g}".format), end="\n\n")
 
 
 if __name__ == "__main__":
