@@ -201,7 +201,8 @@ CONSENSUS = (("central", 1.0), ("mean", 1.0), ("max", 1.0), ("vote", 1.0), ("mea
 # small: lengths at which a doubling gains little; every cell's rate at its own length.
 _SMALL = Scale(
     headline=512, sweep=256, protocol=128, search=None, searches=True, lengths=(512, 1024, 2048),
-    epochs=(1, 2, 4, 8, 16), baseline_epochs=8, search_epochs=2, decays=(1e-4, 5e-4, 5e-3), batches=(32, 64, 128),
+    epochs=(1, 2, 4, 8, 16), baseline_epochs=8, search_epochs=2, decays=(1e-4, 5e-4, 5e-3),
+    batches=(32, 64, 128),
     schedules=("cosine", "constant", "step", "warmup_cosine"),
     shardings=(None, 50, 10, 5, 1), local_steps=(4, 8, 16), nc=10,
     sparsities=(0.5, 0.8, 0.9, 0.95, 0.99), calibration_rounds=(1, 2, 4, 8),
@@ -213,7 +214,7 @@ _SMALL = Scale(
 # lite and full: a T4 for hours, not days. A search costs four runs, so rates are searched at a
 # quarter of the sweeps' length, at three shardings and one J; what is shown is as long as can be.
 _T4 = replace(
-    _SMALL, headline=512, sweep=256, protocol=64, search=64, lengths=(512, 1024),
+    _SMALL, headline=480, sweep=240, protocol=64, search=64, lengths=(480, 960),
     epochs=(1, 2, 4, 8, 16), search_epochs=1, decays=(1e-4, 5e-4), batches=(64, 128),
     map_rules=(None, "least_sensitive", "random"), map_shardings=(None, 1),
     map_rates=(3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1),
@@ -225,7 +226,8 @@ _T4 = replace(
 # demo: every line of code in minutes; its accuracies say nothing.
 _DEMO = replace(
     _SMALL, headline=16, sweep=16, protocol=8, searches=False, lengths=(16,), epochs=(1, 2),
-    baseline_epochs=2, search_epochs=1, decays=(5e-4,), batches=(64,), schedules=("cosine", "constant"),
+    baseline_epochs=2, search_epochs=1, decays=(5e-4,), batches=(64,),
+    schedules=("cosine", "constant"),
     nc=10, sparsities=(0.5, 0.9), calibration_rounds=(1, 4), sweep_shardings=(None, 10),
     rule_shardings=(None, 1), map_rules=(None, "least_sensitive"), map_shardings=(None,),
     map_rates=(0.03, 0.1), consensus=tuple((how, 0.1) for how, _ in CONSENSUS[:4]), skews=(5,))
@@ -253,10 +255,10 @@ def rule_label(rule: str | None) -> str:
     return rule or "dense"
 
 
-def with_steps(cfg: Config, steps: int) -> Config:
-    """`cfg` with T so that J * T = `steps`, evaluated eight times on the way."""
+def with_steps(cfg: Config, steps: int, evaluations: int = 8) -> Config:
+    """`cfg` with T so that J * T = `steps`, evaluated so many times on the way."""
     rounds = max(1, steps // max(1, cfg.local_steps))
-    return replace(cfg, num_rounds=rounds, eval_every=max(1, rounds // 8))
+    return replace(cfg, num_rounds=rounds, eval_every=max(1, rounds // evaluations))
 
 
 def protocol(session: Session) -> Cells:
@@ -608,7 +610,8 @@ def searched_like(cfg: Config, session: Session) -> Config:
         return like
     if cfg.centralized:
         return replace(like, num_epochs=scale.search_epochs)
-    return with_steps(like, scale.search)
+    # the last round decides: others need not be evaluated
+    return with_steps(like, scale.search, evaluations=1)
 
 
 def at_own_rate(cfg: Config, session: Session) -> Config:
