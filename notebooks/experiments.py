@@ -45,8 +45,8 @@ from statsmodels.stats.multitest import multipletests
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
-import notebooks.extension  # noqa: F401 - registers its algorithms
 import utils
+from notebooks import extension  # registers its algorithms
 from utils import (
     ALGORITHMS,
     CODE_SHA256,
@@ -57,7 +57,6 @@ from utils import (
     cohort_size,
     device,
     hardware,
-    load_data,
     open_run,
     preset,
     run_key,
@@ -211,10 +210,10 @@ _SMALL = Scale(
     map_shardings=(None, 10, 1), map_rates=(0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0),
     consensus=CONSENSUS, skews=(10, 1))
 
-# lite and full: a T4 for hours, not days. A search costs four runs, so rates are searched at a
+# lite: a T4 for at most 10 hours. A search costs four runs, so rates are searched at a
 # quarter of the sweeps' length, at three shardings and one J; what is shown is as long as can be.
-_T4 = replace(
-    _SMALL, headline=480, sweep=240, protocol=64, search=64, lengths=(480, 960),
+_LITE = replace(
+    _SMALL, headline=512, sweep=256, protocol=64, search=64, lengths=(512, 1024),
     epochs=(1, 2, 4, 8, 16), search_epochs=1, decays=(1e-4, 5e-4), batches=(64, 128),
     map_rules=(None, "least_sensitive", "random"), map_shardings=(None, 1),
     map_rates=(3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1),
@@ -222,6 +221,9 @@ _T4 = replace(
         "classes_per_client": {50: None, 5: 10}, "local_steps": {8: 4, 16: 4},
         "calibration_rounds": {1: 4, 2: 4, 8: 4},
         "algorithm": {"fedexp": "fedavg", "fedprox": "fedavg", "scaffold": "fedavg"}})
+
+# full: at most 40 hours; an image costs 5.7 times that of lite, so the runs are shorter.
+_FULL = replace(_LITE, headline=384, sweep=192, lengths=(384, 768))
 
 # demo: every line of code in minutes; its accuracies say nothing.
 _DEMO = replace(
@@ -232,7 +234,7 @@ _DEMO = replace(
     rule_shardings=(None, 1), map_rules=(None, "least_sensitive"), map_shardings=(None,),
     map_rates=(0.03, 0.1), consensus=tuple((how, 0.1) for how, _ in CONSENSUS[:4]), skews=(5,))
 
-SCALES = {"full": _T4, "lite": _T4, "small": _SMALL, "demo": _DEMO}
+SCALES = {"full": _FULL, "lite": _LITE, "small": _SMALL, "demo": _DEMO}
 
 
 # ------------------------------------------------------------------ experiments
@@ -1371,7 +1373,7 @@ def correct(cfg: Config, store: Store) -> np.ndarray | None:
     if content is None:
         return None
     predictions = np.load(io.BytesIO(content))
-    labels = load_data(cfg).test_labels[:len(predictions)].cpu().numpy()
+    labels = utils.load_data(cfg).test_labels[:len(predictions)].cpu().numpy()
     return predictions == labels
 
 
@@ -1454,13 +1456,16 @@ def weight_counts(arch: str) -> tuple[int, int]:
 
 
 def images_of(cfg: Config, test: bool) -> tuple[int, int]:
-    """(trained, evaluated) images of a run; the mask's calibration counts as training."""
+    """(trained, evaluated) images of a run; whatever needs a gradient counts as training."""
     steps = steps_of(cfg)
     trained = steps * cfg.batch_size * cfg.length
     if cfg.centralized:
         trained = train_images(cfg) * cfg.length
     if cfg.rule and RULES[cfg.rule].needs_fisher:
         trained += cfg.calibration_images * cfg.calibration_rounds
+    if not cfg.centralized:
+        clients = cohort_size(cfg.num_clients, cfg.participation)
+        trained += scored_images(cfg) * clients * cfg.length
 
     per_class = utils.images_per_class(cfg.dataset)
     val = round(cfg.val_fraction * per_class) * utils.NUM_CLASSES[cfg.dataset]
@@ -1473,6 +1478,15 @@ def images_of(cfg: Config, test: bool) -> tuple[int, int]:
     if test:
         evaluated += 2 * tested  # the last weights and the best
     return trained, evaluated
+
+
+def scored_images(cfg: Config) -> int:
+    """Images on which a client computes gradients in a round beside its local steps."""
+    if "fisher" in cfg.algorithm:
+        return extension.FisherMerge.images
+    if "held_out" in cfg.algorithm:
+        return 2 * cfg.batch_size
+    return 0
 
 
 def flop_of(cfg: Config, test: bool) -> float:
@@ -1507,8 +1521,9 @@ def planned(name: str, session: Session) -> dict[str, tuple[Config, bool, bool]]
 
 def throughput(preset_name: str, store: Store) -> tuple[float, str]:
     """(FLOP a second of a worker, where it is from): stored runs of this hardware, or a T4's."""
-    base = preset(preset_name)
-    flop, seconds = 0.0, 0.0
+    base = preset(preset_name, dataset="cifar100")
+    flop = 0.0
+    seconds = 0.0
     for result in store.results().values():
         where = {part["hardware"] for part in result["segments"]}
         cfg = result["config"]
@@ -1529,7 +1544,8 @@ def budget(preset_name: str, seeds: int = 1, store: Store | None = None,
     nothing was stored. `store` tells the speed of this machine, if it has runs of this preset.
     """
     with tempfile.TemporaryDirectory() as folder:
-        session = Session(preset_name, preset(preset_name), Store(Path(folder), frozen=True),
+        base = preset(preset_name, dataset="cifar100")
+        session = Session(preset_name, base, Store(Path(folder), frozen=True),
                           Path(folder), tuple(range(seeds)), 1)
         plans = {name: planned(name, session) for name in SECTIONS}
     speed, source = throughput(preset_name, store) if store else (T4_FLOPS, "estimated for a T4")
