@@ -257,7 +257,7 @@ def rule_label(rule: str | None) -> str:
     return rule or "dense"
 
 
-def with_steps(cfg: Config, steps: int, evaluations: int = 8) -> Config:
+def with_steps(cfg: Config, steps: int, evaluations: int = 4) -> Config:
     """`cfg` with T so that J * T = `steps`, evaluated so many times on the way."""
     rounds = max(1, steps // max(1, cfg.local_steps))
     return replace(cfg, num_rounds=rounds, eval_every=max(1, rounds // evaluations))
@@ -321,13 +321,18 @@ def centralized_epochs(session: Session) -> Cells:
     return {(n,): replace(cfg, num_epochs=n) for n in session.scale.epochs}
 
 
+def _headline(session: Session, nc: int | None) -> Config:
+    cfg = replace(session.base, classes_per_client=nc)
+    return with_steps(cfg, session.scale.headline, evaluations=8)
+
+
 def fedavg_iid(session: Session) -> Cells:
     """FedAvg with IID clients at lengths that double: has it converged?"""
     scale = session.scale
-    cfg = at_own_rate(with_steps(session.base, scale.headline), session)
+    cfg = at_own_rate(_headline(session, None), session)
     cells = {}
     for steps in scale.lengths:
-        longer = with_steps(cfg, steps)
+        longer = with_steps(cfg, steps, evaluations=8)
         cells[longer.num_rounds,] = longer
     return cells
 
@@ -348,9 +353,8 @@ def six_models(session: Session) -> Cells:
     scale = session.scale
     dense = {
         "centralised": best_centralized(session),
-        "IID": with_steps(session.base, scale.headline),
-        nc_label(scale.nc): with_steps(replace(session.base, classes_per_client=scale.nc),
-                                       scale.headline),
+        "IID": _headline(session, None),
+        nc_label(scale.nc): _headline(session, scale.nc),
     }
     cells = {}
     for where, cfg in dense.items():
