@@ -19,7 +19,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
-from train import configure, open_store, with_data
+from train import configure, open_store
 
 from utils import (
     ALGORITHMS,
@@ -221,13 +221,15 @@ def update_from(run: Run, state: State, content: RecordDict, k: int) -> ClientUp
 def ask_once(grid: Grid, messages: list[Message], timeout: float
              ) -> tuple[dict[int, RecordDict], dict[int, str]]:
     """Answers by node, and the reasons of those that failed."""
-    asked = {m.metadata.message_id: m.metadata.dst_node_id for m in messages}
-    answers = {}
     silence = f"no answer within {timeout:g} s"
-    failed = dict.fromkeys(asked.values(), silence)
-    # Of a node that is gone the SuperLink sends a reply, as an error.
-    for reply in grid.send_and_receive(messages, timeout=timeout):
-        node = asked.get(reply.metadata.reply_to_message_id)
+    failed = {m.metadata.dst_node_id: silence for m in messages}
+    answers = {}
+    replies = list(grid.send_and_receive(messages, timeout=timeout))
+    # Messages get their numbers when they are sent. A reply is known by the number it answers: of a
+    # node that is gone the SuperLink replies itself, with an error.
+    asked = {m.metadata.message_id: m.metadata.dst_node_id for m in messages}
+    for reply in replies:
+        node = asked[reply.metadata.reply_to_message_id]
         if reply.has_error():
             failed[node] = reply.error.reason
         else:
@@ -270,7 +272,7 @@ def train_cohort(grid: Grid, known: set[int], timeout: float, run: Run, state: S
         raise RuntimeError(f"round {number}: no node answered. Nodes failed: {failed}")
     if waiting:
         log.warning("round %d: clients %s are left out, the average is over the %d that answered",
-                    number, waiting, len(contents))
+                    number, sorted(waiting), len(contents))
     answered = [k for k in clients if k in contents]
     updates = (update_from(run, state, contents[k], k) for k in answered)
     return accumulate_update(run, state, updates, shares_of(run, answered))
@@ -293,7 +295,6 @@ def main(grid: Grid, context: Context):
     given = context.run_config
     cfg = configure(given["preset"], *shlex.split(given["config"]))
     check_algorithm(cfg)
-    cfg = with_data(given["preset"], cfg)
     wait_for_nodes(grid, given["nodes"], given["timeout"])
     ask_nodes = partial(train_cohort, grid, set(), given["timeout"])
     step = partial(federated_round, train_cohort=ask_nodes)

@@ -210,7 +210,11 @@ class SharedStore(Store):
 # ------------------------------------------------------------------ a run
 def train(cfg: Config, store: Store) -> dict:
     """`utils.train` by all processes of the group; the result is the same on each."""
+    def download():
+        utils.load_data(cfg)
+
     check_same_run(cfg)
+    broadcast_object(download)  # the others find the data set on disk
     step = None
     if not cfg.centralized:
         step = partial(federated_round, train_cohort=train_cohort)

@@ -14,11 +14,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import notebooks.extension  # noqa: E402, F401  (registers the algorithms beyond FedAvg)
 import torch.distributed as dist  # noqa: E402
 
+import notebooks.extension  # noqa: E402, F401  (registers the algorithms beyond FedAvg)
 import utils  # noqa: E402
-from utils import ROOT, Config, Store, load_data, or_synthetic, preset  # noqa: E402
+from utils import ROOT, Config, Store, preset  # noqa: E402
 
 
 def parse_value(text: str):
@@ -37,15 +37,8 @@ def configure(name: str, *changes: str) -> Config:
         if not equals:
             raise ValueError(f"{change!r} must be a field of Config with its value: field=value")
         values[field] = parse_value(text)
-    return replace(preset(name), **values)
-
-
-def with_data(name: str, cfg: Config) -> Config:
-    """The configuration once its data set is at hand; "demo" falls back to synthetic images."""
-    if name == "demo":
-        return or_synthetic(cfg)
-    load_data(cfg)
-    return cfg
+    own_name = values.pop("name", "")  # which is not the preset's
+    return replace(preset(name, **values), name=own_name)
 
 
 def open_store(name: str) -> Store:
@@ -66,13 +59,11 @@ def report(result: dict):
 def main(name: str, *changes: str):
     cfg = configure(name, *changes)
     if not dist.is_torchelastic_launched():
-        report(utils.train(with_data(name, cfg), open_store(name)))
+        report(utils.train(cfg, open_store(name)))
         return
 
     import torchrun
     torchrun.init_process_group(cfg)
-    # One process downloads what is missing, and the others find it.
-    cfg = torchrun.broadcast_object(lambda: with_data(name, cfg))
     result = torchrun.train(cfg, open_store(name))
     if dist.get_rank() == 0:
         report(result)

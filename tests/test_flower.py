@@ -9,12 +9,14 @@ from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-from helpers import CFG, make_small, one_client, resumed, same
+from helpers import CFG, cut, make_small, one_client, resumed, same
 
+import notebooks.extension  # noqa: F401  (registers algorithms)
 import utils
-from utils import ROOT, Store, federated_round, flat, open_run, run_name, train_federated
+from utils import ROOT, Store, federated_round, flatten, open_run, run_name, train_federated
 
 pytest.importorskip("flwr", reason="the Flower app needs flwr[simulation], which is not installed")
 sys.path.insert(0, str(ROOT / "distributed"))
@@ -28,19 +30,21 @@ from flwr.supercore.task_identity import TaskIdentity  # noqa: E402
 BASE = replace(CFG, num_clients=8, participation=0.75, num_rounds=3)
 SPARSE = replace(BASE, rule="least_sensitive", sparsity=0.9, head="ridge")
 KINDS = {"dense": BASE, "skewed": replace(BASE, classes_per_client=5),
-         "fedprox with momentum": replace(BASE, algorithm="fedprox", server="momentum"),
-         "sparse": SPARSE, "sparse with fedexp": replace(SPARSE, rule="random", server="fedexp"),
-         "sparse with adam": replace(SPARSE, server="adam", server_lr=0.01, head="train"),
-         "probe": replace(BASE, head="probe")}
+         "local gradients": replace(BASE, algorithm="fedprox"),
+         "a server's memory": replace(SPARSE, algorithm="fedadam", server_lr=0.01, head="train"),
+         "norms": replace(SPARSE, rule="random", algorithm="fedexp"),
+         "messages and all vectors": replace(BASE, algorithm="fisher"),
+         "memory that clients read": replace(SPARSE, algorithm="held_out", participation=0.5),
+         "sparse": SPARSE, "probe": replace(BASE, head="probe")}
 
 
 @pytest.fixture
 def small(monkeypatch):
     make_small(monkeypatch)
     TaskIdentity.run_id = TaskIdentity.task_id = TaskIdentity.node_id = 1
-    app.worker.cache_clear()
+    app.open_worker.cache_clear()
     yield
-    app.worker.cache_clear()
+    app.open_worker.cache_clear()
 
 
 class Nodes:
@@ -73,21 +77,25 @@ class Nodes:
         return replies[::-1]  # in any order
 
 
+def by(nodes):
+    """`train_cohort` by these nodes."""
+    return partial(app.train_cohort, nodes, set(), 5)
+
+
 def flower(cfg, store, nodes):
-    ask = partial(app.ask_nodes, nodes, set(), 5)
-    return utils.train(cfg, store, step=partial(federated_round, ask=ask))
+    return utils.train(cfg, store, step=partial(federated_round, train_cohort=by(nodes)))
 
 
 def assert_same_run(cfg, first, second):
     """Two stores hold one run: its history, result and checkpoint to the last bit."""
     results = [store.result(cfg) for store in (first, second)]
-    for key in ("status", "run", "identity", "config", "history", "best_round", "test"):
+    for key in ("status", "run", "key", "config", "history", "best_round", "test"):
         assert results[0][key] == results[1][key]
+    assert np.array_equal(*(np.load(s.root / f"{run_name(cfg)}.npy") for s in (first, second)))
     states = [resumed(cfg, store) for store in (first, second)]
     assert states[0].round == states[1].round == cfg.num_rounds
     assert same(states[0].params, states[1].params)
     assert same(states[0].best, states[1].best)
-    assert states[0].memory.keys() == states[1].memory.keys()
 
 
 @pytest.fixture
@@ -103,27 +111,36 @@ def test_nodes_give_the_bits_of_one_process(small, stores, kind):
     assert_same_run(cfg, *stores)
     assert len(nodes.sent) == 9  # one message a node and round
     trained = [k for m in nodes.sent[:3] for k in m.content["task"]["clients"]]
-    assert sorted(trained) == sorted(utils.cohort(8, 0.75, "cohort", 0, 0).tolist())
+    drawn = utils.cohort(8, cfg.participation, "cohort", 0, 0)
+    assert sorted(trained) == sorted(drawn.tolist())
 
 
-def test_a_sparse_message_carries_the_free_entries_and_little_else(small, stores):
+def test_a_sparse_message_carries_the_trainable_entries_and_little_else(small, stores):
     nodes = Nodes()
     flower(SPARSE, stores[1], nodes)
     run, _ = open_run(SPARSE, stores[1])
-    assert run.free < 0.1 * sum(p.numel() for p in run.model.parameters())
+    trainable = run.num_trainable()
+    assert trainable < 0.1 * sum(p.numel() for p in run.model.parameters())
 
     def size(message):
         return sum(len(o.deflate()) for o in get_all_nested_objects(message).values())
     later = nodes.sent[3:]
     assert ["setup" in m.content for m in nodes.sent] == [True] * 3 + [False] * 6
     for message in later:
-        array = message.content["weights"]["free"].numpy()
-        assert (array.shape, array.dtype) == ((run.free,), "float32")
-        assert 4 * run.free < size(message) < 4 * run.free + 4096
+        array = message.content["weights"]["trainable"].numpy()
+        assert (array.shape, array.dtype) == ((trainable,), "float32")
+        assert 4 * trainable < size(message) < 4 * trainable + 4096
     for reply in nodes.received:
-        clients = len(reply.content["weights"])
-        assert {v.numpy().shape for v in reply.content["weights"].values()} == {(run.free,)}
-        assert 4 * run.free * clients < size(reply) < 4 * run.free * clients + 4096
+        vectors = reply.content["vectors"]
+        assert {v.numpy().shape for v in vectors.values()} == {(trainable,)}
+        assert 4 * trainable * len(vectors) < size(reply) < 4 * trainable * len(vectors) + 4096
+
+
+def test_the_memory_of_a_server_stays_at_home_unless_clients_read_it(small, stores):
+    for algorithm, travels in (("fedavgm", False), ("held_out", True)):
+        nodes = Nodes()
+        flower(replace(BASE, algorithm=algorithm), stores[1], nodes)
+        assert bool(nodes.sent[-1].content["algorithm_state"]) is travels
 
 
 @pytest.mark.parametrize("how", ["error", "silence"])
@@ -140,25 +157,26 @@ def test_a_failing_nodes_clients_are_trained_by_the_others(small, stores, how, c
 
 def test_clients_whom_no_node_trains_are_left_out_of_the_average(small, stores, caplog):
     run, state = open_run(BASE, stores[0])
-    bad = utils.cohort(8, 0.75, "cohort", 0, 0).tolist()[1]
+    drawn = utils.cohort(8, 0.75, "cohort", 0, 0).tolist()
+    bad = drawn[1]
     nodes = Nodes(2, lambda node, task: "error" if bad in task["clients"] else "ok")
     with caplog.at_level(logging.WARNING, "flwr"):
-        after = federated_round(run, state, ask=partial(app.ask_nodes, nodes, set(), 5))
+        after = federated_round(run, state, train_cohort=by(nodes))
     *_, row = after.history
     assert bad in row["lost"]
     assert f"clients {row['lost']} are left out" in caplog.text
 
     def others(run, state, clients, lr):
-        return utils.ask_clients(run, state, [k for k in clients if k not in row["lost"]], lr)
-    expected = federated_round(run, state, ask=others)
+        return utils.train_cohort(run, state, [k for k in clients if k not in row["lost"]], lr)
+    expected = federated_round(run, state, train_cohort=others)
     assert same(after.params, expected.params)
-    total = sum(len(run.shards[k]) for k in utils.cohort(8, 0.75, "cohort", 0, 0)
-                if k not in row["lost"])
+    left = [k for k in drawn if k not in row["lost"]]
+    total = sum(len(run.shards[k]) for k in left)
     mean = {n: torch.zeros_like(w) for n, w in state.params.items()}
-    for k in set(utils.cohort(8, 0.75, "cohort", 0, 0).tolist()) - set(row["lost"]):
+    for k in left:
         vector, _ = one_client(run, state, k, row["lr"])
-        mean = {n: m + len(run.shards[k]) / total * vector[n] for n, m in mean.items()}
-    torch.testing.assert_close(flat(after.params), flat(utils.add(state.params, mean)))
+        mean = utils.apply_vector(mean, vector, len(run.shards[k]) / total)
+    torch.testing.assert_close(flatten(after.params), flatten(utils.add(state.params, mean)))
 
 
 def test_a_round_that_nobody_answers_is_an_error_that_says_why(small, stores):
@@ -185,14 +203,7 @@ def test_a_run_begun_by_either_is_finished_by_the_other(small, stores, monkeypat
     train_federated(cfg, half)
     assert_same_run(cfg, whole, half)
     other = Store(half.root / "other", minutes=0.0)
-    honest, calls = utils.federated_round, []
-
-    def cut(run, state):
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return honest(run, state)
-    monkeypatch.setattr(utils, "federated_round", cut)
+    cut(monkeypatch, "federated_round", at=3)
     assert train_federated(cfg, other)["status"] == "interrupted"
     flower(cfg, other, nodes := Nodes(2))
     assert min(m.content["task"]["round"] for m in nodes.sent) == 2
@@ -205,10 +216,10 @@ def test_a_node_with_another_backbone_refuses(small, stores, monkeypatch):
 
     def other(*args, **kwargs):
         run, start = honest(*args, **kwargs)
-        return replace(run, facts={"backbone": "another"}), start
+        return replace(run, provenance={"backbone_sha256": "another"}), start
     monkeypatch.setattr(app, "open_run", other)
-    with pytest.raises(ValueError, match="this node's backbone is not the server's"):
-        federated_round(run, state, ask=partial(app.ask_nodes, nodes, set(), 5))
+    with pytest.raises(ValueError, match="not the server's, they differ in .'backbone_sha256'"):
+        federated_round(run, state, train_cohort=by(nodes))
 
 
 @pytest.mark.parametrize("algorithm", ["scaffold", "centralized"])
@@ -222,7 +233,7 @@ def test_what_does_not_run_on_flower_is_refused(algorithm):
 # ------------------------------------------------------------------ Flower's own processes
 QUICK = dict(dataset="synthetic", weights="none", val_fraction=0.9, eval_images=100, num_clients=8,
              participation=0.75, num_rounds=3, local_steps=2, batch_size=4, eval_every=1,
-             calibration_images=20, calibration_rounds=1)
+             calibration_images=20, calibration_rounds=1, head="train")
 THIN = QUICK | dict(rule="least_sensitive", sparsity=0.9, head="ridge")
 
 

@@ -19,6 +19,7 @@ from utils import ROOT, Store
 
 sys.path.insert(0, str(ROOT / "distributed"))
 
+import launch  # noqa: E402
 import torchrun  # noqa: E402
 import train  # noqa: E402
 
@@ -190,12 +191,12 @@ def test_an_error_of_the_first_rank_is_raised_on_every_rank(tmp_path):
 
 # ------------------------------------------------------------------ the command line
 def test_fields_follow_the_preset_as_words():
-    cfg = train.configure("demo", "name=mine", "lr=3e-3", "rule=random", "micro_batch=None",
+    cfg = train.configure("small", "name=mine", "lr=3e-3", "rule=random", "micro_batch=None",
                           "algorithm=scaffold")
-    assert cfg == replace(utils.preset("demo"), name="mine", lr=3e-3, rule="random",
+    assert cfg == replace(utils.preset("small"), name="mine", lr=3e-3, rule="random",
                           micro_batch=None, algorithm="scaffold")
     with pytest.raises(ValueError, match="'lr' must be a field of Config with its value"):
-        train.configure("demo", "lr")
+        train.configure("small", "lr")
 
 
 def test_results_are_where_the_project_keeps_them(monkeypatch):
@@ -235,6 +236,18 @@ def test_the_command_line_leaves_its_group_when_done_and_not_when_it_failed(monk
     assert alive == [10, 11]
 
 
+def test_flower_that_is_not_installed_is_named_as_a_package(monkeypatch, tmp_path):
+    monkeypatch.setattr(launch, "search_paths", lambda: None)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(SystemExit, match=r"flower-superlink.*pip install .flwr\[simulation\]"):
+        launch.main("demo")
+    for name in ("flwr", "flower-superlink"):
+        (tmp_path / name).touch(mode=0o755)
+    monkeypatch.setattr(launch.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="ray cannot be found"):
+        launch.main("demo")
+
+
 def test_processes_import_nothing_that_draws():
     code = ("import sys; sys.path.insert(0, 'distributed'); import train, torchrun; "
             "print(*{'matplotlib', 'ipywidgets', 'seaborn', 'IPython'} & set(sys.modules))")
@@ -247,14 +260,15 @@ def test_torchrun_starts_the_command_line(tmp_path, monkeypatch):
     monkeypatch.undo()  # the process it starts has the real model and data too
     fields = dict(dataset="synthetic", weights="none", val_fraction=0.9, eval_images=50,
                   num_clients=8, participation=0.5, local_steps=1, batch_size=4, num_rounds=2,
-                  head="train", name="mine")
+                  head="train")
     run = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         str(ROOT / "distributed/train.py"), "demo", *(f"{k}={v}" for k, v in fields.items())],
+         str(ROOT / "distributed/train.py"), "demo", "name=mine",
+         *(f"{k}={v}" for k, v in fields.items())],
         env=os.environ | {"TRAIN": "", "RESULTS_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300)
     assert run.returncode == 0, run.stdout
-    cfg = replace(utils.preset("demo"), **fields)
+    cfg = replace(utils.preset("demo", **fields), name="mine")
     store, one = Store(tmp_path / "demo"), Store(tmp_path)
     assert run.stdout.count("mine: finished, test") == 1  # rank 0's word alone
     utils.train(cfg, one)
