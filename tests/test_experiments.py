@@ -1,0 +1,457 @@
+"""What is run and in which order: sections, the search for rates, tables, the budget."""
+import math
+import time
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+import torch
+from helpers import CFG, make_small
+
+import utils
+from notebooks import experiments
+from notebooks.experiments import (
+    SCALES,
+    SECTIONS,
+    Session,
+    budget,
+    code_line,
+    converged,
+    forget,
+    frames,
+    gather,
+    images_of,
+    interval_table,
+    next_rungs,
+    of_other_code,
+    open_session,
+    rate_of,
+    run_section,
+    rung_of,
+    search_rates,
+    searched_like,
+    section_frames,
+    section_runs,
+    steps_of,
+    train_all,
+    tuned,
+    with_steps,
+    write_figure,
+)
+from utils import Config, Store, preset, run_key, run_name
+
+BASE = preset("small", dataset="synthetic")
+
+
+def session_of(path, base=BASE, name="small", seeds=(0,), **options):
+    return Session(name, base, Store(path, quiet=True), path / "figures", seeds, 1, **options)
+
+
+def put(cfg, store, accuracies, status="finished", test=None, code=utils.CODE_SHA256):
+    """A stored result with these validation accuracies (shares of 1), the first of round 0."""
+    history = [dict(round=i, lr=cfg.lr, val_top1=a, val_top5=a, val_loss=1.0)
+               for i, a in enumerate(accuracies)]
+    result = dict(run=run_name(cfg), status=status, error="" if status == "finished" else "bad",
+                  config=asdict(cfg), key=run_key(cfg), history=history, seconds=1.0, best_round=0,
+                  segments=[dict(code=code, hardware=utils.hardware())])
+    if test is not None:
+        result["test"] = dict(top1=test, top5=test, loss=1.0)
+        result["test_of_best"] = dict(top1=test, top5=test, loss=1.0)
+    store.write(f"{run_name(cfg)}.json", utils.to_json(result))
+    return result
+
+
+def pretend(monkeypatch, accuracy):
+    """Training that stores `accuracy(cfg)`, None where it diverges; the list of what it trained."""
+    trained = []
+
+    def train(cfg, store, test=True, **options):
+        trained.append(cfg)
+        value = accuracy(cfg)
+        if value is None:
+            return put(cfg, store, [0.3], status="diverged")
+        return put(cfg, store, [0.3, value], test=value if test else None)
+    monkeypatch.setattr(experiments, "train", train)
+    return trained
+
+
+# ------------------------------------------------------------------ session
+def test_full_and_lite_are_refused_without_a_gpu(monkeypatch, tmp_path):
+    monkeypatch.setenv("RESULTS_DIR", str(tmp_path))
+    for name in ("full", "lite"):
+        with pytest.raises(RuntimeError, match="T4 GPU.*ON_CPU"):
+            open_session(name)
+        assert open_session(name, on_cpu=True).base.image_size == preset(name).image_size
+    monkeypatch.setenv("TRAIN", "no")
+    assert open_session("full").store.frozen  # figures of stored results need no GPU
+
+
+def test_results_dir_is_expanded_and_takes_the_figures_along(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("RESULTS_DIR", "~/mine")
+    session = open_session("small")
+    assert session.store.root == tmp_path / "mine"
+    assert session.figures == tmp_path / "mine/figures"
+
+
+def test_demo_has_folders_of_its_own_and_synthetic_images_without_a_network(
+        monkeypatch, tmp_path, no_cifar):
+    monkeypatch.setenv("RESULTS_DIR", str(tmp_path))
+    with pytest.warns(UserWarning, match="SYNTHETIC"):
+        session = open_session("demo")
+    assert session.base.dataset == "synthetic"
+    assert session.store.root == tmp_path / "demo"
+    assert session.seeds == (0,)
+
+
+def test_figures_are_copied_to_the_drive(monkeypatch, tmp_path):
+    monkeypatch.setenv("RESULTS_DIR", str(tmp_path / "here"))
+    session = open_session("small", drive=tmp_path / "drive")
+    write_figure(session, "a.png", b"picture")
+    assert (tmp_path / "here/figures/a.png").read_bytes() == b"picture"
+    assert (tmp_path / "drive/figures/a.png").read_bytes() == b"picture"
+
+
+# ------------------------------------------------------------------ sections
+def test_every_section_has_cells_at_every_preset(tmp_path):
+    for name in SCALES:
+        base = preset(name, dataset="cifar100")
+        session = session_of(tmp_path, base, name)
+        session.store.frozen = True
+        for section in SECTIONS.values():
+            cells = section.cells(session)
+            assert cells
+            assert all(len(label) == len(section.columns) for label in cells)
+            assert len({run_name(cfg) for cfg in cells.values()}) == len(cells)
+
+
+def test_local_steps_change_neither_the_work_nor_the_evaluations(tmp_path):
+    for name in ("small", "lite", "full"):
+        grid = SECTIONS["grid"].cells(session_of(tmp_path, preset(name, dataset="cifar100"), name))
+        assert len({cfg.local_steps * cfg.num_rounds for cfg in grid.values()}) == 1
+        assert len({cfg.local_steps * cfg.eval_every for cfg in grid.values()}) == 1
+
+
+def test_all_of_seed_0_comes_before_any_of_seed_1(tmp_path):
+    runs = section_runs("grid", session_of(tmp_path, seeds=(0, 1, 2)))
+    assert [cfg.seed for cfg in runs] == [0] * 15 + [1] * 15 + [2] * 15
+
+
+def test_an_edited_scale_is_followed(tmp_path, monkeypatch):
+    monkeypatch.setitem(SCALES, "small", replace(SCALES["small"], shardings=(None, 7)))
+    cells = SECTIONS["grid"].cells(session_of(tmp_path))
+    assert {label[0] for label in cells} == {"IID", "Nc=7"}
+
+
+def test_seeds_raised_later_train_only_what_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setitem(SCALES, "small", replace(
+        SCALES["small"], shardings=(None,), local_steps=(4,), searches=False))
+    trained = pretend(monkeypatch, lambda cfg: 0.4)
+    run_section("grid", session_of(tmp_path))
+    assert [cfg.seed for cfg in trained] == [0]
+    run_section("grid", session_of(tmp_path, seeds=(0, 1, 2)))
+    assert [cfg.seed for cfg in trained] == [0, 1, 2]
+
+
+def test_a_section_runs_every_cell_at_the_rate_that_its_search_found(tmp_path, monkeypatch):
+    monkeypatch.setitem(SCALES, "small", replace(
+        SCALES["small"], shardings=(None, 1), local_steps=(4,)))
+    best_rate = {None: 0.3, 1: 0.001}
+    pretend(monkeypatch, lambda cfg: 0.5 - 0.01 * abs(
+        rung_of(cfg.lr) - rung_of(best_rate[cfg.classes_per_client])))
+    session = session_of(tmp_path, seeds=(0, 1))
+    assert run_section("grid", session) == []
+    runs, _ = section_frames("grid", session)
+    assert runs.groupby("sharding").lr.unique().map(list).to_dict() == {
+        "IID": [0.3], "Nc=1": [0.001]}
+    assert sorted(runs.seed) == [0, 0, 1, 1]
+
+
+def test_stand_ins_share_one_search(tmp_path, monkeypatch):
+    monkeypatch.setitem(SCALES, "small", replace(
+        SCALES["small"], shardings=(None, 50), local_steps=(4, 8), search=64,
+        stand_ins={"classes_per_client": {50: None}, "local_steps": {8: 4}}))
+    trained = pretend(monkeypatch, lambda cfg: 0.5 - 0.01 * abs(rung_of(cfg.lr) - rung_of(0.1)))
+    session = session_of(tmp_path)
+    run_section("grid", session)
+    searched = [cfg for cfg in trained if cfg.num_rounds == 16]
+    assert {(cfg.classes_per_client, cfg.local_steps) for cfg in searched} == {(None, 4)}
+    assert {cfg.lr for cfg in section_runs("grid", session)} == {0.1}
+
+
+def test_speed_matched_rates_are_inverse_to_the_fisher_mass(tmp_path, monkeypatch):
+    mass = {"random": 0.1, "least_sensitive": 0.01, "most_sensitive": 0.4}
+    monkeypatch.setattr(experiments, "fisher_mass", lambda cfg, store: mass.get(cfg.rule, 0.1))
+    cells = SECTIONS["speed_matched"].cells(session_of(tmp_path))
+    lr = cells["random", "IID"].lr
+    assert cells["least_sensitive", "IID"].lr == pytest.approx(10 * lr)
+    assert cells["most_sensitive", "IID"].lr == pytest.approx(lr / 4)
+
+
+def test_the_fisher_mass_of_all_weights_is_one_and_of_half_of_them_is_less(tmp_path, monkeypatch):
+    make_small(monkeypatch)
+    cfg = replace(CFG, rule="most_sensitive", sparsity=0.0)
+    store = Store(tmp_path, quiet=True)
+    assert experiments.fisher_mass(cfg, store) == pytest.approx(1)
+    most = experiments.fisher_mass(replace(cfg, sparsity=0.5), store)
+    least = experiments.fisher_mass(replace(cfg, rule="least_sensitive", sparsity=0.5), store)
+    assert 0 < least < 0.5 < most < 1
+
+
+# ------------------------------------------------------------------ rate search
+def test_the_ladder_climbs_by_factors_of_three():
+    assert [rate_of(r) for r in range(-6, 3)] == [
+        1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0]
+    assert [rung_of(rate_of(r)) for r in range(-20, 20)] == list(range(-20, 20))
+
+
+@pytest.mark.parametrize("optimum", [1e-4, 3e-3, 0.1, 5.0, 100.0])
+def test_a_search_finds_its_optimum_wherever_it_is(tmp_path, monkeypatch, optimum):
+    def accuracy(cfg):
+        if cfg.lr > 30 * optimum:
+            return None
+        return 0.5 - 0.01 * abs(math.log(cfg.lr / optimum))
+    pretend(monkeypatch, accuracy)
+    session = session_of(tmp_path)
+    found = search_rates([BASE], session)[0]
+    assert found.bracketed
+    assert 1 / 1.8 < found.lr / optimum < 1.8
+    assert tuned(searched_like(BASE, session), session.store).lr == found.lr
+
+
+def test_a_search_ends_where_no_rate_moves_the_start(tmp_path, monkeypatch):
+    """The start has 0.3: every rate that moves loses, and tiny ones leave it exactly there."""
+    trained = pretend(monkeypatch, lambda cfg: 0.3 if cfg.lr < 1e-4 else 0.2)
+    found = search_rates([BASE], session_of(tmp_path))[0]
+    assert found.finished
+    assert not found.bracketed
+    assert "NOT bracketed" in str(found)
+    assert len(trained) < 15
+
+
+def test_a_rate_that_loses_at_the_end_is_not_saved_by_a_good_round_before(tmp_path):
+    store = Store(tmp_path)
+    put(replace(BASE, lr=0.1), store, [0.3, 0.9, 0.2])
+    put(replace(BASE, lr=0.01), store, [0.3, 0.4, 0.4])
+    assert tuned(BASE, store).lr == 0.01
+
+
+def test_tuned_reads_only_runs_of_the_same_setting_at_seed_0(tmp_path):
+    store = Store(tmp_path)
+    put(replace(BASE, lr=0.03), store, [0.3, 0.4])
+    for change in (dict(seed=1), dict(num_rounds=7), dict(classes_per_client=1),
+                   dict(rule="random"), dict(augmentation="none")):
+        put(replace(BASE, lr=1.0, **change), store, [0.3, 0.9])
+    put(replace(BASE, lr=3.0), store, [0.3], status="diverged")
+    assert tuned(replace(BASE, seed=2, lr=0.5), store).lr == 0.03
+
+
+def test_next_rungs_brackets_and_then_wants_nothing():
+    assert sorted(next_rungs({}, 0, None)) == [-1, 0, 1]
+    assert next_rungs({-1: 0.2, 0: 0.3, 1: 0.1}, 0, 0.05) == []
+    assert next_rungs({-1: 0.2, 0: 0.3, 1: 0.4}, 0, 0.05) == [2]
+    assert next_rungs({-1: 0.4, 0: 0.3, 1: 0.2}, 0, 0.05) == [-2]
+    assert next_rungs({-1: -math.inf, 0: -math.inf, 1: -math.inf}, 0, 0.05) == [-2]
+    assert next_rungs({-1: 0.2, 0: 0.4, 1: 0.4}, 0, 0.05) == [2]      # a plateau has an end
+    assert next_rungs({-1: 0.3, 0: 0.3, 1: 0.2}, 0, 0.3) == []        # nothing moves below
+
+
+def test_checkpoints_of_rates_that_lost_are_deleted(tmp_path, monkeypatch):
+    pretend(monkeypatch, lambda cfg: 0.5 - 0.01 * abs(rung_of(cfg.lr) - rung_of(0.03)))
+    session = session_of(tmp_path)
+    like = searched_like(BASE, session)
+    for lr in (0.01, 0.03, 0.1):
+        session.store.write(f"checkpoints/{run_name(replace(like, lr=lr))}/1_a.safetensors", b"x")
+    search_rates([BASE], session)
+    kept = session.store.names("checkpoints/*/*.safetensors")
+    assert kept == [f"checkpoints/{run_name(replace(like, lr=0.03))}/1_a.safetensors"]
+
+
+# ------------------------------------------------------------------ training
+def test_training_stops_at_the_sessions_time_and_says_what_is_left(tmp_path, monkeypatch, capsys):
+    make_small(monkeypatch)
+    cfgs = [replace(CFG, seed=s) for s in range(3)]
+    session = session_of(tmp_path, CFG, stop_at=time.monotonic() - 1)
+    assert train_all(cfgs, session) == cfgs
+    assert "3 of 3 runs are left" in capsys.readouterr().out
+    assert train_all(cfgs, replace(session, stop_at=math.inf)) == []
+
+
+def test_an_interrupt_by_hand_is_stored_and_gone_on_from(tmp_path, monkeypatch):
+    make_small(monkeypatch)
+    cfgs = [replace(CFG, seed=s) for s in range(2)]
+
+    def stop(cfg, history):
+        if cfg.seed == 1 and history[-1]["round"] == 2:
+            raise KeyboardInterrupt
+    cut = session_of(tmp_path / "cut", CFG)
+    assert train_all(cfgs, cut, watch=stop) == cfgs[1:]
+    assert train_all(cfgs, cut) == []
+    whole = session_of(tmp_path / "whole", CFG)
+    train_all(cfgs, whole)
+    for cfg in cfgs:
+        assert cut.store.result(cfg)["history"] == whole.store.result(cfg)["history"]
+
+
+def test_runs_compute_with_one_thread_whatever_the_kernel_uses(tmp_path, monkeypatch):
+    threads = []
+    monkeypatch.setattr(experiments, "train", lambda cfg, store, *a, **o: threads.append(
+        torch.get_num_threads()) or put(cfg, store, [0.1, 0.2], test=0.2))
+    torch.set_num_threads(2)
+    try:
+        train_all([CFG], session_of(tmp_path, CFG))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+    assert threads == [1]
+
+
+def test_a_frozen_store_trains_nothing(tmp_path, monkeypatch):
+    trained = pretend(monkeypatch, lambda cfg: 0.5)
+    session = session_of(tmp_path)
+    session.store.frozen = True
+    assert train_all([BASE], session) == [BASE]
+    search_rates([BASE], session)
+    assert trained == []
+
+
+# ------------------------------------------------------------------ tables
+def test_frames_have_the_start_the_last_and_the_best(tmp_path):
+    store = Store(tmp_path)
+    put(BASE, store, [0.3, 0.5, 0.4], test=0.35)
+    runs, history = frames(store.results().values())
+    row = runs.iloc[0]
+    assert (row.start, row.val, row.val_best, row.test) == pytest.approx((30, 40, 50, 35))
+    assert (row.sharding, row.data) == ("IID", "SYNTHETIC")
+    assert history.val_top1.tolist() == pytest.approx([30, 50, 40])
+    assert history.lr.unique().tolist() == [BASE.lr]
+
+
+def test_gather_says_what_is_missing_diverged_and_synthetic(tmp_path, capsys):
+    store = Store(tmp_path)
+    put(BASE, store, [0.3], status="diverged")
+    runs, _ = gather([BASE, replace(BASE, seed=1)], store)
+    said = capsys.readouterr().out
+    assert "1 of 2 runs are missing" in said
+    assert "1 diverged" in said
+    assert "SYNTHETIC" in said
+    assert np.isnan(runs.val.iloc[0])
+    assert frames([])[0].empty
+
+
+def test_interval_table_keeps_the_order_of_appearance(tmp_path):
+    store = Store(tmp_path)
+    for seed, tests in enumerate(((0.31, 0.5), (0.33, 0.52))):
+        put(replace(BASE, seed=seed, classes_per_client=None), store, [0.3, 0.4], test=tests[0])
+        put(replace(BASE, seed=seed, classes_per_client=50), store, [0.3, 0.4], test=tests[1])
+    cfgs = [replace(BASE, seed=s, classes_per_client=nc) for nc in (50, None) for s in (0, 1)]
+    table = interval_table(gather(cfgs, store)[0], "sharding", "local_steps")
+    assert table.index.tolist() == ["Nc=50", "IID"]
+    # t(0.975, 1) = 12.706 times the standard error of 31 and 33, which is 1
+    assert table.loc["IID", 4] == "32.0 ± 12.7 (2)"
+
+
+def test_converged_is_the_first_round_that_stays_near_the_end(tmp_path):
+    store = Store(tmp_path)
+    put(BASE, store, [0.30, 0.401, 0.38, 0.399, 0.40])
+    history = gather([BASE], store)[1]
+    assert converged(history).tolist() == [3]
+
+
+def test_results_of_other_code_are_told_and_can_be_forgotten(tmp_path):
+    store = Store(tmp_path)
+    other = replace(BASE, seed=1)
+    put(BASE, store, [0.3, 0.4])
+    put(other, store, [0.3, 0.4], code="of yesterday")
+    store.write(f"checkpoints/{run_name(other)}/1_a.safetensors", b"x")
+    assert of_other_code([BASE, other], store) == [other]
+    line = code_line([BASE, other], store)
+    assert "1 of them" in line
+    assert run_name(other) in line
+    assert "\n" not in line
+    forget(of_other_code([BASE, other], store), store)
+    assert store.result(other) is None
+    assert store.names("checkpoints/*/*.safetensors") == []
+    assert "all of this code" in code_line([BASE, other], store)
+
+
+# ------------------------------------------------------------------ budget
+def test_images_of_a_run_by_hand():
+    cfg = Config(num_rounds=10, eval_every=4, local_steps=3, batch_size=8, participation=0.05)
+    # 5 clients x 3 steps x 8 images x 10 rounds; round 0, 4, 8 and 10 on 5,000 images
+    assert images_of(cfg, test=False) == (1200, 20_000)
+    assert images_of(cfg, test=True) == (1200, 40_000)
+    sparse = replace(cfg, rule="least_sensitive", calibration_images=100, calibration_rounds=4)
+    assert images_of(sparse, test=False)[0] == 1600
+    epochs = replace(cfg, algorithm="centralized", num_epochs=2, eval_every=1, eval_images=100)
+    assert images_of(epochs, test=True) == (90_000, 3 * 100 + 2 * 100)
+    assert steps_of(epochs) == 5625
+
+
+def test_flop_are_counted_on_the_model():
+    """One image through ViT-S/16 at 224 px: 4.6 G multiply-adds (Touvron et al. 2021)."""
+    forward, both = experiments.image_flop("vits16", 224)
+    assert forward == pytest.approx(2 * 4.6e9, rel=0.01)
+    assert both == pytest.approx(3 * forward, rel=0.02)
+
+
+@pytest.mark.parametrize(("name", "hours"), [("lite", 10), ("full", 40)])
+def test_the_suite_fits_its_hours_on_a_t4(name, hours):
+    table = budget(name)
+    assert table.loc["all", "hours"] <= hours
+    assert table.loc["all", "throughput"] == "8 TFLOP/s, estimated for a T4"
+
+
+def test_the_budget_is_that_of_the_sections(tmp_path):
+    """Counted again, from the runs that a search of four rates and one seed train."""
+    session = session_of(tmp_path, preset("lite"), "lite")
+    session.store.frozen = True
+    runs = {}
+    for section in SECTIONS.values():
+        cells = section.cells(session).values()
+        tested = [(cfg, section.test) for cfg in cells]
+        if section.searched:
+            likes = [searched_like(cfg, session) for cfg in cells]
+            rungs = [replace(like, lr=rate_of(rung_of(like.lr) + step))
+                     for like in likes for step in (-1, 0, 1, 2)]
+            tested += [(cfg, False) for cfg in rungs]
+        for cfg, test in tested:
+            runs[run_name(cfg)] = cfg, runs.get(run_name(cfg), (cfg, False))[1] or test
+    table = budget("lite")
+    assert table.loc["all", "runs"] == len(runs)
+    trained = sum(images_of(cfg, test)[0] for cfg, test in runs.values())
+    evaluated = sum(images_of(cfg, test)[1] for cfg, test in runs.values())
+    assert table.loc["all", "trained"] == trained
+    assert table.loc["all", "evaluated"] == evaluated
+
+
+def test_more_seeds_cost_more_and_searches_are_not_repeated():
+    one = budget("small")
+    three = budget("small", seeds=3)
+    extra = three.runs["all"] - one.runs["all"]
+    assert 0 < extra < 2 * one.runs["all"]
+    assert extra % 2 == 0
+
+
+def test_the_throughput_is_this_machines_where_runs_are_stored(tmp_path):
+    store = Store(tmp_path)
+    cfg = with_steps(preset("small"), 16)
+    put(cfg, store, [0.3, 0.4])
+    forward, both = experiments.image_flop("mini", 32)
+    trained, evaluated = images_of(cfg, test=False)
+    speed, source = experiments.throughput("small", store)
+    assert speed == pytest.approx(trained * both + evaluated * forward)  # in the one second
+    assert "measured" in source
+    assert "estimated" in budget("lite", store=store).loc["all", "throughput"]
+
+
+def test_the_command_line_trains_and_counts(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("RESULTS_DIR", str(tmp_path))
+    monkeypatch.setitem(SCALES, "small", replace(
+        SCALES["small"], shardings=(None,), local_steps=(4,), searches=False))
+    trained = pretend(monkeypatch, lambda cfg: 0.4)
+    arguments = ["run", "grid", "--preset", "small", "--seeds", "2", "--workers", "1"]
+    assert experiments.main(arguments) == 0
+    assert [cfg.seed for cfg in trained] == [0, 1]
+    assert experiments.main(["budget", "--preset", "demo"]) == 0
+    assert "all" in capsys.readouterr().out
