@@ -2273,7 +2273,9 @@ def trainable_names(cfg: Config, model: nn.Module, mask: Params | None,
         return {n for n, _ in model.named_parameters()}
     # A weight of which the mask frees no entry needs no gradient: about a quarter of a round's
     # arithmetic for masks that free queries and keys only.
-    return {n for n, entries in mask.items() if not skip_frozen or entries.any()}
+    names = {n for n, entries in mask.items() if not skip_frozen or entries.any()}
+    # Where nothing at all is free there must be some weight for a gradient to reach.
+    return names or set(mask)
 
 
 def on_features(data: Data, model: nn.Module) -> tuple[Data, nn.Module]:

@@ -1,21 +1,36 @@
 """Training: what a run reads, trains, selects, survives and returns."""
+import os
 import re
+import signal
+import time
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from helpers import CFG, make_small, resumed, same, small_data
+from helpers import (
+    CFG,
+    cut,
+    forbid,
+    make_small,
+    resumed,
+    same,
+    same_state,
+    small_data,
+    timeless,
+)
 
 import utils
-from utils import HEAD, Config, Store, build_model, open_run, run_name, train_centralized
+from utils import RULES, Store, build_model, open_run, run_name, train, train_centralized
 from utils import train_federated as federated
 
 CENTRAL = replace(CFG, algorithm="centralized", num_epochs=3, eval_every=1, batch_size=30)
-KINDS = {"centralised": CENTRAL, "dense": CFG, "scaffold": replace(CFG, algorithm="scaffold"),
-         "adam": replace(CFG, server="adam", server_lr=0.01),
-         "momentum": replace(CFG, server="momentum"),
-         "sparse": replace(CFG, rule="least_sensitive", head="ridge", sparsity=0.5)}
+SPARSE = replace(CFG, rule="least_sensitive", head="ridge", sparsity=0.5)
+KINDS = {"centralised": CENTRAL, "dense": CFG, "sparse": SPARSE,
+         "centralised sparse": replace(CENTRAL, rule="random", head="ridge")}
+BUILT_IN = ("least_sensitive", "most_sensitive", "lowest_magnitude", "highest_magnitude",
+            "random", "query_key")
 
 
 @pytest.fixture(autouse=True)
@@ -25,41 +40,21 @@ def _small(monkeypatch):
 
 @pytest.fixture
 def store(tmp_path):
-    return Store(tmp_path)
+    return Store(tmp_path / "results")
 
 
 def final(cfg, store, test=True):
-    """(result, stored weights, best weights) of a run."""
-    result = utils.train(cfg, store, test)
-    state = resumed(cfg, store)
-    return result, state.params, state.best
-
-
-def cut(patch, name, at, error=KeyboardInterrupt):
-    """`utils.<name>` raises at its `at`-th call."""
-    honest, calls = getattr(utils, name), []
-
-    def guarded(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == at:
-            raise error
-        return honest(*args, **kwargs)
-    patch.setattr(utils, name, guarded)
-
-
-def forbid(patch, *names):
-    for name in names:
-        def refuse(*args, name=name, **kwargs):
-            raise AssertionError(f"{name} was called")
-        patch.setattr(utils, name, refuse)
+    """(result, the state it ended in)."""
+    result = train(cfg, store, test)
+    return result, resumed(cfg, store)
 
 
 # ------------------------------------------------------------------ once is enough
 @pytest.mark.parametrize("cfg", [CFG, CENTRAL], ids=["federated", "centralised"])
 def test_a_finished_run_returns_at_once(store, monkeypatch, cfg):
-    result = utils.train(cfg, store)
+    result = train(cfg, store)
     forbid(monkeypatch, "open_run", "load_data", "build_model")
-    assert utils.train(cfg, Store(store.root)) == result
+    assert train(cfg, Store(store.root)) == result
 
 
 def test_a_frozen_store_trains_nothing(store, monkeypatch):
@@ -72,133 +67,171 @@ def test_a_frozen_store_trains_nothing(store, monkeypatch):
 
 @pytest.mark.parametrize("cfg", KINDS.values(), ids=KINDS)
 def test_the_same_configuration_gives_the_same_bits(tmp_path, cfg):
-    a, b = (final(cfg, Store(tmp_path / name)) for name in "ab")
-    assert a[0]["history"] == b[0]["history"]
-    assert a[0]["test"] == b[0]["test"]
-    assert same(a[1], b[1])
-    assert same(a[2], b[2])
+    torch.manual_seed(1)
+    a = final(cfg, Store(tmp_path / "a"))
+    torch.manual_seed(2)  # global generators have no say
+    b = final(cfg, Store(tmp_path / "b"))
+    assert timeless(a[0]) == timeless(b[0])
+    assert same_state(a[1], b[1])
 
 
 @pytest.mark.parametrize("cfg", [CFG, CENTRAL], ids=["federated", "centralised"])
 def test_seed_0_is_a_seed_like_any_other(store, cfg):
     runs = [final(replace(cfg, seed=seed), store) for seed in (0, 1)]
     assert runs[0][0]["history"] != runs[1][0]["history"]
-    assert not same(runs[0][1], runs[1][1])
+    assert not same(runs[0][1].params, runs[1][1].params)
 
 
-def test_global_generators_have_no_say(tmp_path):
-    torch.manual_seed(1)
-    a = final(CFG, Store(tmp_path / "a"))
-    torch.manual_seed(2)
-    b = final(CFG, Store(tmp_path / "b"))
-    assert same(a[1], b[1])
-
-
-def test_train_federated_refuses_a_centralised_configuration(store):
+def test_each_kind_has_its_own_entrance(store):
     with pytest.raises(ValueError, match="train_centralized"):
         federated(CENTRAL, store)
-
-
-def test_train_centralized_is_centralised_whatever_the_algorithm(store):
     result = train_centralized(replace(CENTRAL, algorithm="fedavg"), store)
     assert result["config"]["algorithm"] == "centralized"
-    assert len(result["history"]) == 3
+    assert [row["round"] for row in result["history"]] == [0, 1, 2, 3]
 
 
 def test_a_run_learns(store):
-    cfg = replace(CENTRAL, num_epochs=16, batch_size=10)
-    history = train_centralized(cfg, store)["history"]
-    assert history[-1]["train_loss"] < 0.6 * history[0]["train_loss"]
+    history = train_centralized(replace(CENTRAL, num_epochs=12, batch_size=10), store)["history"]
+    assert history[-1]["train_loss"] < 0.6 * history[1]["train_loss"]
     assert history[-1]["val_top1"] > 0.2  # chance is 0.05
 
 
 # ------------------------------------------------------------------ validation and test
-def record_evaluations(patch):
-    seen, honest = [], utils.evaluate
-    patch.setattr(utils, "evaluate", lambda model, images, labels, *args, **kwargs: (
-        seen.append(images.clone()), honest(model, images, labels, *args, **kwargs))[1])
+def recorded_evaluations(patch):
+    """The images of every call of `evaluate`."""
+    seen = []
+    honest = utils.evaluate
+
+    def evaluate(model, images, *args, **options):
+        seen.append(images.clone())
+        return honest(model, images, *args, **options)
+    patch.setattr(utils, "evaluate", evaluate)
     return seen
 
 
-def test_only_validation_images_are_evaluated_before_the_test(store, monkeypatch):
-    seen, data = record_evaluations(monkeypatch), small_data(CFG)
+def test_only_validation_images_are_evaluated_before_the_end(store, monkeypatch):
+    seen, data = recorded_evaluations(monkeypatch), small_data(CFG)
     federated(CFG, store)
-    assert [torch.equal(x, data.images[data.val]) for x in seen] == [True, True, False]
-    assert torch.equal(seen[-1], data.test_images)
+    val, test = data.images[data.val], data.test_images
+    assert all(torch.equal(x, val) for x in seen[:3])  # rounds 0, 2 and 4
+    assert seen[3:]
+    assert all(torch.equal(x, test) for x in seen[3:])
 
 
 def test_without_test_the_test_set_is_untouched_and_added_later(store, monkeypatch):
-    seen, data = record_evaluations(monkeypatch), small_data(CFG)
+    seen, data = recorded_evaluations(monkeypatch), small_data(CFG)
     result = federated(CFG, store, test=False)
     assert "test" not in result
+    assert not store.names("*.npy")
     assert not any(torch.equal(x, data.test_images) for x in seen)
     forbid(monkeypatch, "federated_round")
     assert federated(CFG, store, test=False) == result
     tested = federated(CFG, store)
     assert tested["test"]["images"] == 80
-    assert {k: v for k, v in tested.items() if k != "test"} == result
-    assert len(seen) == 3
+    assert {k: v for k, v in tested.items() if k not in ("test", "test_of_best")} == result
 
 
 def test_training_reads_no_validation_and_no_test_image(store, monkeypatch):
-    """Neither in the rounds nor for the ridge head nor for the mask."""
-    cfg, data, read = KINDS["sparse"], small_data(CFG), []
-    for name, images in (("augment", 0), ("features", 1), ("sensitivity", 1)):
+    """Neither in the rounds nor for the head nor for the mask."""
+    data, read = small_data(SPARSE), []
+    for name, position in (("augment", 0), ("extract_features", 1), ("sensitivity", 1)):
         honest = getattr(utils, name)
-        monkeypatch.setattr(utils, name, lambda *args, honest=honest, at=images, **kwargs: (
-            read.extend(args[at]), honest(*args, **kwargs))[1])
-    federated(cfg, store, test=False)
+
+        def guarded(*args, honest=honest, position=position, **options):
+            read.extend(args[position])
+            return honest(*args, **options)
+        monkeypatch.setattr(utils, name, guarded)
+    federated(SPARSE, store, test=False)
     keys = {x.numpy().tobytes() for x in read}
-    train = {x.numpy().tobytes() for x in data.images[data.train]}
-    assert keys <= train
-    assert len(keys) == len(train)
-
-
-def scripted(patch, scores):
-    """Validation accuracies as given; honest on the test set."""
-    honest, left = utils.evaluate, iter(scores)
-    patch.setattr(utils, "evaluate", lambda model, images, *args, **options: honest(
-        model, images, *args, **options) | (dict(top1=next(left)) if len(images) == 60 else {}))
-
-
-def test_the_best_round_on_validation_is_tested(store, monkeypatch):
-    cfg = replace(CFG, num_rounds=5, eval_every=1)
-    scripted(monkeypatch, [0.1, 0.3, 0.2, 0.3, 0.1])  # the first of equals
-    result, _, best = final(cfg, store)
-    assert result["best_round"] == 2
-    second, = (s for s in [resumed(cfg, store)])
-    assert second.best_round == 2
-    run, state = open_run(replace(cfg, name="afresh"), store)
-    for _ in range(2):
-        state = utils.federated_round(run, state)
-    assert same(state.params, best)
-    assert not same(utils.federated_round(run, state).params, best)
-    run.load(best)
-    data = run.data
-    assert utils.evaluate(run.model, data.test_images, data.test_labels) == result["test"]
+    assert keys == {x.numpy().tobytes() for x in data.images[data.train]}
 
 
 @pytest.mark.parametrize("cfg", [CFG, CENTRAL], ids=["federated", "centralised"])
 def test_test_labels_change_nothing_but_the_test(tmp_path, monkeypatch, cfg):
-    a = final(cfg, Store(tmp_path / "a"))
+    cfg = replace(cfg, test_curve=True)
+    a, state = final(cfg, Store(tmp_path / "a"))
     monkeypatch.setattr(utils, "load_data", lambda cfg: replace(
         small_data(cfg), test_labels=small_data(cfg).test_labels.flip(0)))
-    b = final(cfg, Store(tmp_path / "b"))
-    assert a[0]["history"] == b[0]["history"]
-    assert a[0]["best_round"] == b[0]["best_round"]
-    assert same(a[2], b[2])
-    assert a[0]["test"] != b[0]["test"]
+    b, other = final(cfg, Store(tmp_path / "b"))
+    assert a["best_round"] == b["best_round"]
+    assert same(state.params, other.params)
+    assert same(state.best, other.best)
+    assert a["test"] != b["test"]
+    for x, y in zip(a["history"], b["history"], strict=True):
+        assert {k: v for k, v in x.items() if "test" not in k} == {
+            k: v for k, v in y.items() if "test" not in k}
+
+
+def scripted(patch, scores):
+    """Validation accuracies as given; honest on the test set."""
+    honest = utils.evaluate
+    left = iter(scores)
+
+    def evaluate(model, images, *args, **options):
+        found = honest(model, images, *args, **options)
+        if len(images) == 60:
+            found["top1"] = next(left)
+        return found
+    patch.setattr(utils, "evaluate", evaluate)
+
+
+def test_the_last_weights_are_the_result_and_the_best_stand_beside(store, monkeypatch):
+    cfg = replace(CFG, num_rounds=5, eval_every=1)
+    scripted(monkeypatch, [0.05, 0.1, 0.3, 0.2, 0.3, 0.1])  # round 2 is the first of equals
+    result, state = final(cfg, store)
+    assert result["best_round"] == state.best_round == 2
+    run, stepped = open_run(replace(cfg, name="afresh"), store)
+    weights = []
+    for _ in range(5):
+        stepped = utils.federated_round(run, stepped)
+        weights.append(stepped.params)
+    assert same(state.params, weights[4])
+    assert same(state.best, weights[1])
+    data = run.data
+    for name, params in (("test", weights[4]), ("test_of_best", weights[1])):
+        run.load(params)
+        expected = utils.evaluate(run.model, data.test_images, data.test_labels)
+        assert result[name]["loss"] == expected["loss"]
+        assert result[name]["top1"] == expected["top1"]
+        if name == "test":
+            assert (np.load(store.root / f"{run_name(cfg)}.npy") == expected["predictions"]).all()
+
+
+def test_round_0_is_evaluated_and_can_be_the_best(store, monkeypatch):
+    cfg = replace(CFG, eval_every=1)
+    start = open_run(cfg, store)[1].params
+    scripted(monkeypatch, [0.9, 0.1, 0.3, 0.2, 0.3])
+    result, state = final(cfg, store)
+    assert result["history"][0].keys() == {"round", "val_loss", "val_top1", "val_top5"}
+    assert (result["history"][0]["round"], result["history"][0]["val_top1"]) == (0, 0.9)
+    assert state.best_round == 0
+    assert same(state.best, start)
+
+
+def test_the_loss_at_the_start_is_alike_on_what_clients_see_and_on_validation(store):
+    """The default augmentation does not set the head back that was fitted to plain images."""
+    cfg = replace(CFG, augmentation="flip", head="logistic", head_l2=30.0, lr=1e-9, num_rounds=1,
+                  eval_every=1, participation=1.0, local_steps=8)
+    start, first = federated(cfg, store)["history"]
+    assert first["train_loss"] < start["val_loss"] + 0.1
 
 
 def test_evaluations_come_every_eval_every_rounds_and_at_the_end(store):
     history = federated(replace(CFG, num_rounds=5, eval_every=3), store)["history"]
-    assert [r["round"] for r in history if "val_loss" in r] == [3, 5]
+    assert [r["round"] for r in history] == [0, 1, 2, 3, 4, 5]
+    assert [r["round"] for r in history if "val_loss" in r] == [0, 3, 5]
+
+
+def test_a_test_curve_is_drawn_only_if_asked_for(store):
+    for wanted in (False, True):
+        history = federated(replace(CFG, test_curve=wanted), store)["history"]
+        assert [r["round"] for r in history if "test_loss" in r] == ([0, 2, 4] if wanted else [])
 
 
 def test_eval_images_bounds_both_evaluations(store, monkeypatch):
-    seen = record_evaluations(monkeypatch)
+    seen = recorded_evaluations(monkeypatch)
     federated(replace(CFG, eval_images=7), store)
-    assert [len(x) for x in seen] == [7, 7, 7]
+    assert {len(x) for x in seen} == {7}
 
 
 # ------------------------------------------------------------------ stops
@@ -207,136 +240,244 @@ def test_eval_images_bounds_both_evaluations(store, monkeypatch):
 def test_an_interrupted_run_goes_on_to_the_unbroken_bits(tmp_path, monkeypatch, cfg, at):
     whole, store = final(cfg, Store(tmp_path / "whole")), Store(tmp_path / "cut")
     with monkeypatch.context() as patch:
-        cut(patch, "sgd_step", at)  # in the midst of a round
-        stopped = utils.train(cfg, store)
+        cut(patch, "local_step", at)  # in the midst of a round
+        stopped = train(cfg, store)
     assert stopped["status"] == "interrupted"
     assert 0 <= stopped["round"] < cfg.length
     assert resumed(cfg, store).round == stopped["round"]
     assert not store.names("*.json")
-    again = final(cfg, Store(tmp_path / "cut"))
-    assert again[0]["history"] == whole[0]["history"]
-    assert again[0]["best_round"] == whole[0]["best_round"]
-    assert again[0]["test"] == whole[0]["test"]
-    assert same(again[1], whole[1])
-    assert same(again[2], whole[2])
+    again = final(cfg, Store(store.root))
+    assert timeless(again[0]) == timeless(whole[0])
+    assert same_state(again[1], whole[1])
+    assert [part["after_round"] for part in again[0]["segments"]] == [0, stopped["round"]]
 
 
-def test_interrupting_at_every_round_changes_nothing(tmp_path, monkeypatch):
-    cfg = replace(KINDS["scaffold"], num_rounds=6, eval_every=1)
+def test_interrupting_at_every_round_changes_nothing(tmp_path, monkeypatch, mine):
+    cfg = replace(CFG, algorithm="mine", num_rounds=6, eval_every=1)
     whole, seen = final(cfg, Store(tmp_path / "whole")), []
     for _ in range(6):
         with monkeypatch.context() as patch:
-            cut(patch, "assess", 2)
-            result = utils.train(cfg, Store(tmp_path / "cut"))
+            cut(patch, "federated_round", 2)
+            result = train(cfg, Store(tmp_path / "cut"))
         seen.append(result.get("round", result["status"]))
     again = final(cfg, Store(tmp_path / "cut"))
     assert seen == [1, 2, 3, 4, 5, "finished"]
-    assert again[0]["history"] == whole[0]["history"]
-    assert same(again[1], whole[1])
+    assert timeless(again[0]) == timeless(whole[0])
+    assert same_state(again[1], whole[1])
+
+
+def test_a_run_stops_by_itself_when_its_time_is_up(store):
+    assert federated(CFG, store, stop_at=time.monotonic())["status"] == "interrupted"
+    seen = []
+
+    def watch(run, state):
+        seen.append((state.round, state.history[-1]["val_top1"]))
+        time.sleep(max(0, end - time.monotonic()))
+    end = time.monotonic() + 5
+    stopped = federated(CFG, store, stop_at=end, watch=watch)
+    assert (stopped["status"], stopped["round"]) == ("interrupted", 2)
+    assert [at for at, _ in seen] == [2]
+    assert federated(CFG, store)["status"] == "finished"
 
 
 def test_stopping_while_the_head_is_trained_is_an_interruption(tmp_path, monkeypatch):
     cfg, store = replace(CFG, rule="random"), Store(tmp_path / "cut")
     with monkeypatch.context() as patch:
-        cut(patch, "sgd_step", 8)
+        cut(patch, "local_step", 8)
         assert federated(cfg, store)["status"] == "interrupted"
     whole, again = final(cfg, Store(tmp_path / "whole")), final(cfg, store)
-    assert again[0]["history"] == whole[0]["history"]
-    assert same(again[1], whole[1])
+    assert timeless(again[0]) == timeless(whole[0])
+    assert same_state(again[1], whole[1])
 
 
-def test_a_run_stores_checkpoints_on_its_way(store, monkeypatch):
-    rounds, save = [], Store.save
-    monkeypatch.setattr(Store, "save", lambda self, cfg, state, **kwargs: (
-        rounds.append(state.round), save(self, cfg, state, **kwargs))[1])
-    federated(replace(CFG, num_rounds=6), replace(store, minutes=0.0))
-    assert rounds == [2, 4, 6]
-    rounds.clear()
-    federated(replace(CFG, num_rounds=6, seed=1), replace(store, minutes=60.0))
-    assert rounds == [6]
+def test_checkpoints_come_by_time_however_rarely_a_run_is_evaluated(store, monkeypatch):
+    saved, save = [], Store.save
+    monkeypatch.setattr(Store, "save", lambda self, run, state: (
+        saved.append(state.round), save(self, run, state))[1])
+    cfg = replace(CFG, num_rounds=5, eval_every=40)
+    federated(cfg, replace(store, minutes=0.0))
+    assert saved == [1, 2, 3, 4, 5]
+    saved.clear()
+    federated(replace(cfg, seed=1), replace(store, minutes=60.0))
+    assert saved == [5]
 
 
-def test_a_diverged_run_keeps_its_last_good_weights_and_stays_diverged(store, monkeypatch):
-    cfg, honest = replace(CFG, eval_every=1, num_clients=2, participation=1.0), utils.client_update
-    whole = final(replace(cfg, name="whole"), store)
+def test_a_second_ctrl_c_while_the_checkpoint_is_written_loses_no_round(store, monkeypatch):
+    """Both interrupts are real signals: the first in round 3, the second in the midst of saving."""
+    cfg = replace(CFG, num_rounds=6)
+    honest_round, honest_sync = utils.federated_round, os.fsync
+
+    def interrupted_round(run, state):
+        if state.round == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return honest_round(run, state)
+
+    def interrupted_sync(file):
+        os.kill(os.getpid(), signal.SIGINT)
+        honest_sync(file)
     with monkeypatch.context() as patch:
-        patch.setattr(utils, "client_update", lambda run, state, k, lr: (
-            honest(run, state, k, lr), torch.tensor(float("nan" if state.round == 2 else 1)))[1])
+        patch.setattr(utils, "federated_round", interrupted_round)
+        patch.setattr(os, "fsync", interrupted_sync)
+        stopped = train(cfg, store)
+    assert (stopped["status"], stopped["round"]) == ("interrupted", 3)
+    assert resumed(cfg, store).round == 3
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_each_part_of_a_run_says_where_it_was_trained(store, monkeypatch):
+    def stop(run, state):
+        raise KeyboardInterrupt
+    federated(CFG, store, watch=stop)
+    monkeypatch.setattr(utils, "hardware", lambda: "another machine")
+    monkeypatch.setattr(utils, "CODE_SHA256", "other code")
+    first, second = federated(CFG, store)["segments"]
+    assert (first["after_round"], second["after_round"]) == (0, 2)
+    assert first["hardware"] != second["hardware"] == "another machine"
+    assert first["code"] != second["code"] == "other code"
+    assert first["versions"].keys() == {"torch", "torchvision", "timm", "numpy"}
+    assert {"device", "precision", "threads", "python"} <= first.keys()
+
+
+# ------------------------------------------------------------------ more rounds
+@pytest.mark.parametrize("kind", ["mine", "sparse", "centralised"])
+def test_at_a_constant_rate_a_finished_run_goes_on_to_the_longer_runs_bits(tmp_path, monkeypatch,
+                                                                           mine, kind):
+    cfg = {"mine": replace(CFG, algorithm="mine"), "sparse": SPARSE, "centralised": CENTRAL}[kind]
+    cfg = replace(cfg, schedule="constant", num_epochs=4, eval_every=2)
+    longer = replace(cfg, num_rounds=8, num_epochs=8)
+    whole = final(longer, Store(tmp_path / "whole"))
+    store = Store(tmp_path / "short")
+    short = train(cfg, store)
+    rounds = []
+    for name in ("federated_round", "centralized_epoch"):
+        honest = getattr(utils, name)
+        monkeypatch.setattr(utils, name, lambda run, state, honest=honest: (
+            rounds.append(state.round), honest(run, state))[1])
+    again = final(longer, store)
+    assert rounds == [4, 5, 6, 7]
+    assert timeless(again[0]) == timeless(whole[0])
+    assert same_state(again[1], whole[1])
+    assert train(cfg, store) == short  # the shorter one is kept
+
+
+def test_along_a_cosine_the_longer_run_is_another_one(store, monkeypatch):
+    federated(CFG, store)
+    result = federated(replace(CFG, num_rounds=6), store)
+    assert [part["after_round"] for part in result["segments"]] == [0]
+    assert result["history"][1]["lr"] == 0.05
+
+
+# ------------------------------------------------------------------ divergence
+def test_a_diverged_run_keeps_its_last_good_weights_and_stays_diverged(store, monkeypatch):
+    cfg = replace(CFG, eval_every=1, num_clients=2, participation=1.0)
+    honest = utils.client_update
+
+    def client_update(run, state, k, lr):
+        update = honest(run, state, k, lr)
+        if state.round == 2:
+            update = replace(update, loss=torch.tensor(float("nan")))
+        return update
+    with monkeypatch.context() as patch:
+        patch.setattr(utils, "client_update", client_update)
         result = federated(cfg, store)
     assert result["status"] == "diverged"
-    assert re.search(r"round or epoch 3 at lr=0\.025.*0: nan.*1: nan", result["error"])
+    assert re.search(r"round or epoch 3 at lr=0\.025.*client 0.*nan.*client 1.*nan",
+                     result["error"])
     assert "test" not in result
     kept = resumed(cfg, store)
-    assert kept.round == len(result["history"]) == 2
+    assert kept.round == 2
+    assert [row["round"] for row in result["history"]] == [0, 1, 2]
     run, state = open_run(replace(cfg, name="afresh"), store)
     for _ in range(2):
         state = utils.federated_round(run, state)
     assert same(kept.params, state.params)
-    assert whole[0]["status"] == "finished"
     forbid(monkeypatch, "open_run")
     assert federated(cfg, store) == result
 
 
-@pytest.mark.parametrize("cfg", [replace(CFG, local_steps=1, participation=0.1), CENTRAL,
-                                 replace(CFG, server="adam", server_lr=1e30)],
-                         ids=["one step", "centralised", "server"])
-@pytest.mark.parametrize("lr", [1e12, 1e30])
-@pytest.mark.parametrize("eval_every", [1, 4])
+@pytest.mark.parametrize("cfg", [replace(CFG, local_steps=1, participation=0.1), CENTRAL],
+                         ids=["one step", "centralised"])
+@pytest.mark.parametrize(("lr", "eval_every"), [(1e12, 1), (1e30, 4)])
 def test_an_overflow_is_a_divergence_not_a_crash(store, cfg, lr, eval_every):
     """The loss before an exploding step is finite; what follows from it must not break the JSON."""
     cfg = replace(cfg, lr=lr, eval_every=eval_every)
-    result = utils.train(cfg, store)
+    result = train(cfg, store)
     assert result["status"] == "diverged"
-    assert utils.train(cfg, store) == result
+    assert train(cfg, store) == result
+
+
+def test_a_head_whose_own_run_diverges_makes_the_run_diverged_by_name(store):
+    """Not "interrupted, run again" for ever; and the rest of a grid is trained."""
+    cfg = replace(CFG, rule="random", lr=1e30)
+    result = federated(cfg, store)
+    assert result["status"] == "diverged"
+    probe = next(name for name, r in store.results().items() if r["config"]["head"] == "probe")
+    assert f"the head's own run, {probe}, diverged" in result["error"]
+    assert federated(cfg, store) == result
+    assert federated(replace(CFG, rule="random"), store)["status"] == "finished"
 
 
 # ------------------------------------------------------------------ what is trained
-@pytest.mark.parametrize("cfg", [replace(CFG, rule="random"), replace(CENTRAL, rule="random"),
+@pytest.mark.parametrize("cfg", [replace(CFG, rule="random"), KINDS["centralised sparse"],
                                  replace(CFG, rule="lowest_magnitude", head="ridge")],
-                         ids=["probe", "centralised", "ridge"])
+                         ids=["trained head", "centralised", "ridge"])
 def test_sparse_runs_keep_head_and_embeddings_frozen(store, cfg):
-    before = open_run(cfg, store)[0].model.state_dict()
-    before = {n: w.clone() for n, w in before.items()}
-    run, state = open_run(cfg, store)
-    step = utils.centralized_epoch if cfg.algorithm == "centralized" else utils.federated_round
-    run.load(step(run, step(run, state)).params)
+    run, start = open_run(cfg, store)
+    before = {n: w.clone() for n, w in run.model.state_dict().items()}
+    step = utils.centralized_epoch if cfg.centralized else utils.federated_round
+    run.load(step(run, step(run, start)).params)
     after = run.model.state_dict()
     for n, w in before.items():
-        frozen = n in (*HEAD, "cls_token", "pos_embed")
-        free = torch.zeros_like(w, dtype=torch.bool) if frozen else run.mask[n]
-        assert torch.equal(after[n][~free], w[~free])
+        trainable = run.mask.get(n, torch.zeros_like(w, dtype=torch.bool))
+        assert torch.equal(after[n][~trainable], w[~trainable])
     assert not same(after, before)
-    assert state.params.keys() == run.mask.keys()
+    assert not {"head.weight", "head.bias", "cls_token", "pos_embed"} & run.mask.keys()
 
 
-def test_the_ridge_head_of_a_run_is_the_closed_form_on_the_training_part(store):
-    cfg = replace(CFG, head="ridge", rule="random", ridge_l2=2.0)
-    run, _ = open_run(cfg, store)
-    data, model = small_data(cfg), build_model(cfg)
-    x, y = utils.features(model, data.images[data.train]), data.labels[data.train]
-    head = utils.sharpen(utils.ridge_head(x, y, 2.0, 100), x, y)
-    for n in HEAD:
-        torch.testing.assert_close(run.model.get_parameter(n), head[n].float())
-    x = utils.features(run.model, data.images[data.train])
-    assert (run.model.head(x).argmax(1) == y).double().mean() > 0.5  # it fits, chance is 0.05
-
-
-def test_a_dense_run_starts_from_the_ridge_head(store):
-    dense, sparse = (open_run(replace(CFG, head="ridge", rule=rule), store)[0]
-                     for rule in (None, "random"))
-    assert same({n: dense.model.get_parameter(n) for n in HEAD},
-                {n: sparse.model.get_parameter(n) for n in HEAD})
+@pytest.mark.parametrize("rule", BUILT_IN)
+@pytest.mark.parametrize("centralized", [False, True], ids=["federated", "centralised"])
+def test_skipping_gradients_of_frozen_weights_changes_no_bit(store, rule, centralized):
+    cfg = replace(CENTRAL if centralized else CFG, rule=rule, head="ridge", sparsity=0.98,
+                  weight_decay=0.01)
+    ends, trained = [], []
+    for skip in (True, False):
+        run, state = open_run(cfg, store, skip_frozen=skip)
+        trained.append(sum(p.requires_grad for p in run.model.parameters()))
+        state = utils.validate(run, state)
+        for _ in range(2):
+            state = (utils.centralized_epoch if centralized else utils.federated_round)(run, state)
+        run.load(state.params)
+        ends.append((run.model.state_dict(), utils.validate(run, state).history))
+    (skipped, history), (whole, same_history) = ends
+    assert same(skipped, whole)
+    assert history == same_history
+    assert trained[0] <= trained[1]
+    if rule == "query_key":
+        assert trained[0] < trained[1]
 
 
 def test_a_probe_trains_the_head_alone(store):
-    cfg = replace(CFG, head="probe")
-    _, params, _ = final(cfg, store)
-    assert params.keys() == set(HEAD)
-    run, state = open_run(replace(cfg, name="afresh"), store)
-    before = {n: w.clone() for n, w in utils.backbone(run.model).items()}
-    after = utils.federated_round(run, state)
-    assert same(utils.backbone(run.model), before)
-    assert not same(after.params, state.params)
+    for augmentation in ("flip", "none"):  # without, on features computed once
+        cfg = replace(CFG, head="probe", augmentation=augmentation)
+        run, state = open_run(cfg, store)
+        before = {n: w.clone() for n, w in run.model.state_dict().items()}
+        after = utils.federated_round(run, state)
+        assert after.params.keys() == {"head.weight", "head.bias"}
+        assert not same(after.params, state.params)
+        run.load(state.params)
+        assert same(run.model.state_dict(), before)
+
+
+def test_a_probe_on_features_is_the_probe_on_images(store):
+    cfg = replace(CFG, head="probe", augmentation="none")
+    on_features = federated(cfg, store)
+    data, model = small_data(cfg), build_model(cfg)
+    run, _ = open_run(cfg, None)
+    run.load(resumed(cfg, store).params)
+    head = run.model.head.state_dict()
+    model.head.load_state_dict(head)
+    expected = utils.evaluate(model, data.test_images, data.test_labels)
+    assert on_features["test"]["loss"] == pytest.approx(expected["loss"], rel=1e-4)
 
 
 @pytest.mark.parametrize("head", ["train", "ridge"])
@@ -346,44 +487,34 @@ def test_a_dense_run_trains_everything(store, head):
 
 
 @pytest.mark.parametrize("cfg", [CFG, CENTRAL], ids=["federated", "centralised"])
-def test_sparse_runs_train_the_head_once_and_share_it(store, monkeypatch, cfg):
-    trained, names = [], ("federated_round", "centralized_epoch")
-    for honest in [getattr(utils, name) for name in names]:
-        monkeypatch.setattr(utils, honest.__name__, lambda run, state, honest=honest: (
-            trained.append(run.cfg.head), honest(run, state))[1])
+def test_sparse_runs_train_the_head_once_and_share_it(store, cfg):
     first = replace(cfg, rule="random", sparsity=0.5)
-    utils.train(first, store)
-    assert trained == ["probe"] * 2 + ["train"] * cfg.length
-    utils.train(replace(first, sparsity=0.9), store)
-    assert trained == ["probe"] * 2 + ["train"] * cfg.length * 2
-    probe, = (c for c in utils.stored(store) if c.head == "probe")
-    best, run = store.resume(probe).best, open_run(replace(first, name="afresh"), store)[0]
-    assert same({n: run.model.get_parameter(n).data for n in HEAD}, best)
-    assert probe.length == first.head_rounds
-    assert probe.algorithm == cfg.algorithm
-
-
-def test_the_probe_of_a_sparse_run_never_sees_the_test_set(store, monkeypatch):
-    seen, data = record_evaluations(monkeypatch), small_data(CFG)
-    federated(replace(CFG, rule="random"), store, test=False)
-    assert not any(torch.equal(x, data.test_images) for x in seen)
+    train(first, store)
+    train(replace(first, sparsity=0.9), store)
+    probe, = (r for r in store.results().values() if r["config"]["head"] == "probe")
+    assert "test" not in probe  # it never sees the test set
+    probe = utils.Config(**probe["config"])
+    assert (probe.length, probe.algorithm) == (first.head_rounds, cfg.algorithm)
+    last = resumed(probe, store).params
+    run, _ = open_run(replace(first, name="afresh"), store)
+    assert same({n: run.model.get_parameter(n).data for n in last}, last)
 
 
 def test_a_mask_that_frees_nothing_trains_nothing(store):
     cfg = replace(CFG, rule="random", sparsity=1.0, head="ridge")
-    start = open_run(cfg, store)[1].params
-    result, params, _ = final(cfg, store)
-    assert same(params, start)
-    assert {row["bytes_up"] for row in result["history"]} == {0}
+    before = {n: w.clone() for n, w in open_run(cfg, store)[0].model.state_dict().items()}
+    result = federated(cfg, store)
+    assert result["status"] == "finished"
+    assert same(open_run(cfg, store)[0].model.state_dict(), before)
+    assert {row["bytes_up"] for row in result["history"][1:]} == {0}
 
 
 @pytest.mark.parametrize("calibration", ["mean", "max", "vote"])
 def test_masks_are_calibrated_on_the_clients_own_images(store, monkeypatch, calibration):
-    cfg = replace(CFG, rule="least_sensitive", head="ridge", calibration=calibration,
-                  calibration_images=30)
+    cfg = replace(SPARSE, calibration=calibration, calibration_images=30)
     asked, honest = [], utils.calibrate_mask
-    monkeypatch.setattr(utils, "calibrate_mask", lambda model, images, **kwargs: (
-        asked.append((images, kwargs)), honest(model, images, **kwargs))[1])
+    monkeypatch.setattr(utils, "calibrate_mask", lambda model, images, **options: (
+        asked.append((images, options)), honest(model, images, **options))[1])
     run, _ = open_run(cfg, store)
     (images, options), = asked
     assert options["combine"] == calibration
@@ -393,46 +524,86 @@ def test_masks_are_calibrated_on_the_clients_own_images(store, monkeypatch, cali
         assert {i.numpy().tobytes() for i in x} <= own
 
 
-# ------------------------------------------------------------------ several runs
-def test_train_all_trains_what_is_missing_and_stops_by_hand(store, monkeypatch, capsys):
-    cfgs = [replace(CFG, seed=s) for s in range(3)]
-    federated(cfgs[0], store)
+# ------------------------------------------------------------------ ideas of one's own
+def test_a_registered_algorithm_and_rule_train_and_resume_bitwise(tmp_path, monkeypatch, mine):
+    def by_size(weights, fisher, draw):
+        return {n: w.abs() + w.abs().mean() for n, w in weights.items()}
+    monkeypatch.setitem(RULES, "mine", utils.Rule(by_size))
+    cfg = replace(CFG, algorithm="mine", rule="mine", head="lda", eval_every=1)
+    whole = final(cfg, Store(tmp_path / "whole"))
     with monkeypatch.context() as patch:
-        cut(patch, "sgd_step", 30)
-        utils.train_all(cfgs, store)
-    done = [store.result(c) is not None for c in cfgs]
-    assert done == [True, True, False]
-    assert run_name(cfgs[2]) in capsys.readouterr().out
-    utils.train_all(cfgs, store, test=False)
-    assert all(store.result(c) for c in cfgs)
-    assert "test" not in store.result(cfgs[2])
+        cut(patch, "local_step", 13)
+        stopped = train(cfg, Store(tmp_path / "cut"))
+    assert stopped["status"] == "interrupted"
+    again = final(cfg, Store(tmp_path / "cut"))
+    assert timeless(again[0]) == timeless(whole[0])
+    assert same_state(again[1], whole[1])
+    groups = whole[0]["history"][-1]
+    assert groups["bytes_up"] > 4 * 3 * whole[0]["mask"]["trainable"]  # messages are counted
 
 
-def test_default_lengths_follow_the_algorithm():
-    assert Config(num_rounds=7, num_epochs=3).length == 7
-    assert Config(num_rounds=7, num_epochs=3, algorithm="centralized").length == 3
+# ------------------------------------------------------------------ weights and masks that change
+def backbone_file(path, seed):
+    model = build_model(replace(CFG, seed=seed))
+    safetensors.torch.save_file(utils.backbone(model), path)
 
 
-# ------------------------------------------------------------------ what a finished run keeps
-def test_a_finished_sparse_run_keeps_only_its_free_weights(store):
+def test_weights_that_are_replaced_in_the_midst_of_a_run_are_never_mixed(tmp_path, store):
+    path = tmp_path / "w.safetensors"
+    backbone_file(path, 1)
+
+    def stop(run, state):
+        raise KeyboardInterrupt
+    derived, named = (replace(CFG, weights=str(path), name=name) for name in ("", "mine"))
+    for cfg in (derived, named):
+        assert federated(cfg, store, watch=stop)["round"] == 2
+    backbone_file(path, 2)
+    with pytest.raises(ValueError, match="mine is stored as another run.*weights_sha256"):
+        federated(named, store)
+    result = federated(derived, store)  # has another name, and begins anew
+    assert [part["after_round"] for part in result["segments"]] == [0]
+    backbone_file(path, 1)
+    assert [part["after_round"] for part in federated(named, store)["segments"]] == [0, 2]
+    assert federated(derived, store)["run"] != result["run"]
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_sparse_run_carries_its_own_mask(tmp_path, monkeypatch, finished):
+    """Calibrated elsewhere a mask may come out otherwise: what was begun goes on as it was."""
+    whole = final(SPARSE, Store(tmp_path / "whole"))
+    store = Store(tmp_path / "cut")
+    with monkeypatch.context() as patch:
+        if not finished:
+            cut(patch, "federated_round", 3)
+        train(SPARSE, store, test=not finished)
+    for file in (store.root / "cache").iterdir():
+        file.unlink()
+    honest = utils.calibrate_mask
+    monkeypatch.setattr(utils, "calibrate_mask", lambda *args, **options: honest(
+        *args, **options | dict(seed=99)))
+    again = final(SPARSE, Store(store.root))
+    assert timeless(again[0]) == timeless(whole[0])
+    assert same_state(again[1], whole[1])
+
+
+def test_a_finished_sparse_run_keeps_only_its_trainable_weights_and_its_mask(store):
     cfg = replace(CFG, rule="random", sparsity=0.9, head="ridge", eval_every=1)
-    utils.train(cfg, store)
-    (name,) = store.names(f"checkpoints/{run_name(cfg)}/*.safetensors")
-    run, state = utils.open_run(cfg, store)
+    result = federated(cfg, store)
+    name, = store.names(f"checkpoints/{run_name(cfg)}/*.safetensors")
     stored = safetensors.torch.load(store.read(name))
-    assert sum(w.numel() for w in stored.values()) == run.free
-    start = utils.open_run(cfg, utils.Store(store.root / "new"))[1]
-    moved = [n for n, c in run.mask.items() if not torch.equal(state.params[n], start.params[n])]
-    assert moved
-    for n, c in run.mask.items():  # what is frozen is what it was at the start
-        assert torch.equal(state.params[n][~c], start.params[n][~c])
-    run.load(state.best)
+    of_weights = [w.numel() for n, w in stored.items() if n.startswith("params:")]
+    assert sum(of_weights) == result["mask"]["trainable"]
+    assert stored["mask:"].numel() == -(-result["mask"]["maskable"] // 8)
+    run, state = open_run(cfg, store)
+    run.load(state.params)
     again = utils.evaluate(run.model, run.data.test_images, run.data.test_labels)
-    assert again["loss"] == store.result(cfg)["test"]["loss"]
+    assert again["loss"] == result["test"]["loss"]
 
 
-def test_a_finished_run_keeps_no_momentum_and_no_control_variates(store):
-    cfg = replace(CFG, algorithm="scaffold", server="adam", server_lr=0.01)
-    utils.train(cfg, store)
-    (name,) = store.names(f"checkpoints/{run_name(cfg)}/*.safetensors")
-    assert {n.partition(":")[0] for n in safetensors.torch.load(store.read(name))} == {"params"}
+def test_a_finished_run_keeps_no_memory_unless_it_may_go_on(store, mine):
+    for schedule, kept in (("cosine", {"params"}), ("constant", {"params", "state/momentum"})):
+        cfg = replace(CFG, algorithm="mine", schedule=schedule)
+        train(cfg, store)
+        name, = store.names(f"checkpoints/{run_name(cfg)}/*.safetensors")
+        groups = {n.partition(":")[0] for n in safetensors.torch.load(store.read(name))}
+        assert {g for g in groups - {"best"} if "client" not in g} == kept
