@@ -1708,6 +1708,7 @@ def _load_backbone(model: nn.Module, path: Path):
     # DINO's full checkpoint: its own evaluation takes the teacher and drops the projection head.
     if "teacher" in state:
         state = state["teacher"]
+    check_tensors(str(path), state)
     state = {re.sub(r"^(module\.)?(backbone\.)?", "", n): w for n, w in state.items()}
     state = {n: w for n, w in state.items() if not n.startswith("head.")}
     foreign = [n for n, w in state.items()
@@ -1942,6 +1943,10 @@ class Store:
 
     def _restore(self):
         """Copies results from the backup, and notes what the backup lacks of an earlier process."""
+        try:
+            self.backup.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            warnings.warn(f"{self.backup} cannot be made: {error}", stacklevel=4)
         for pattern in ("*.json", "*.npy", "notes/*.json"):
             for name in self._names_in(self.backup, pattern):
                 if not (self.root / name).exists():
@@ -1970,6 +1975,11 @@ class Store:
 
     def copy_pending(self):
         """Copies to the backup what it lacks; results last, so that what they name is there."""
+        if not os.path.isdir(self.backup):
+            # A folder in its place would hide that the drive is gone, and it could not come back.
+            warnings.warn(f"{self.backup} is gone: files stay in {self.root} until it is back",
+                          stacklevel=3)
+            return
         for name in sorted(self._pending, key=lambda n: n.endswith(".json")):
             if not (self.root / name).exists() or self._copy(name, self.root, self.backup):
                 self._pending.discard(name)
@@ -1984,12 +1994,14 @@ class Store:
     def read(self, name: str) -> bytes | None:
         """A file's content, from the backup where `root` has no sound copy; None without any."""
         for folder in (self.root, self.backup):
-            if folder is None or not (folder / name).is_file():
+            if folder is None:
                 continue
             try:
                 content = (folder / name).read_bytes()
                 check_content(name, content)
                 return content
+            except FileNotFoundError:
+                continue
             except (OSError, ValueError) as error:
                 warnings.warn(f"{folder / name} is damaged or unreadable and left out: {error}",
                               stacklevel=2)
@@ -1998,12 +2010,13 @@ class Store:
     def delete(self, name: str):
         self._pending.discard(name)
         for folder in filter(None, (self.root, self.backup)):
-            with suppress(FileNotFoundError):
-                try:
-                    os.truncate(folder / name, 0)  # Drive's bin keeps a deleted file's size
-                    (folder / name).unlink()
-                except PermissionError as error:
-                    warnings.warn(f"{folder / name} cannot be deleted: {error}", stacklevel=2)
+            try:
+                os.truncate(folder / name, 0)  # Drive's bin keeps a deleted file's size
+                (folder / name).unlink()
+            except FileNotFoundError:
+                continue
+            except OSError as error:  # a drive that is gone must not stop a run
+                warnings.warn(f"{folder / name} cannot be deleted: {error}", stacklevel=2)
 
     def names(self, pattern: str) -> list[str]:
         """Files in `root` and in the backup."""

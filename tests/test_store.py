@@ -1,4 +1,4 @@
-"""Checkpoints and results: atomic, verified, mirrored, and never another run's."""
+"""What is stored comes back whole, is of the run that was asked for, and outlives the machine."""
 import json
 import os
 import shutil
@@ -9,13 +9,27 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from helpers import CFG, make_small, same, small_run
+from helpers import (
+    CFG,
+    make_small,
+    quietly,
+    resumed,
+    same,
+    same_state,
+    timeless,
+)
 
 import utils
-from notebooks.store import parse
-from utils import State, Store, backbone, build_model, digest, dump, run_name
+from utils import Store, run_name
+from utils import train_federated as federated
 
 CKPT = "checkpoints/*/*.safetensors"
+SHORT = replace(CFG, num_rounds=4, eval_every=1)
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch):
+    make_small(monkeypatch)
 
 
 @pytest.fixture
@@ -24,63 +38,25 @@ def store(tmp_path):
 
 
 @pytest.fixture
-def mirrored(tmp_path):
+def backed(tmp_path):
     return Store(tmp_path / "root", tmp_path / "drive")
 
 
-@pytest.fixture
-def small(monkeypatch):
-    make_small(monkeypatch)
+def stop_after(number):
+    def watch(run, state):
+        if state.round == number:
+            raise KeyboardInterrupt
+    return watch
 
 
-def state(round):
-    """Of a round, with odd shapes and values that a text format would bend."""
-    w = {"z.weight": torch.randn(3, 5), "a.bias": torch.tensor([1 / 3, float("inf"), -0.0]),
-         "scalar": torch.tensor(0.1)}
-    best = {n: v + 1 for n, v in w.items()}
-    memory = {"server/exp_avg": {n: 0.3 * v for n, v in w.items()},
-              "server/step": {n: torch.tensor(float(round)) for n in w},
-              "control/11": {n: -v for n, v in w.items()}}
-    history = tuple(dict(round=r, lr=1 / (3 + r), val_top1=0.1 * r) for r in range(1, round + 1))
-    return State(w, round, history, memory, best, best_round=round - 1, seconds=0.1 + round)
-
-
-def equal(a, b):
-    parts = lambda s: {"params": s.params, "best": s.best or {}, **s.memory}  # noqa: E731
-    x, y = parts(a), parts(b)
-    return x.keys() == y.keys() and all(same(x[g], y[g]) for g in x) and all(
-        getattr(a, k) == getattr(b, k) for k in ("round", "history", "best_round", "seconds"))
-
-
-def files(root):
+def files(folder):
     """Contents by name, the locks aside: they stay where their processes run."""
-    return {f.relative_to(root): f.read_bytes() for f in root.rglob("*")
+    return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*")
             if f.is_file() and f.name != "lock"}
 
 
-def mangle(store, name, change):
-    path = store.root / name
-    path.write_bytes(change(path.read_bytes()))
-
-
-def flip(bit):
-    def change(content):
-        at = bit % (8 * len(content))
-        return (content[:at // 8] + bytes([content[at // 8] ^ 1 << at % 8])
-                + content[at // 8 + 1:])
-    return change
-
-
-def break_drive(patch, drive):
-    """What changes the drive fails, as on a full or an unmounted one."""
-    for module, name in ((os, "replace"), (os, "truncate")):
-        honest = getattr(module, name)
-
-        def guarded(*args, honest=honest, **kwargs):
-            if any(str(drive) in str(a) for a in args):
-                raise OSError("drive is full")
-            return honest(*args, **kwargs)
-        patch.setattr(module, name, guarded)
+def checkpoints(store):
+    return [Path(name).name[:7] for name in store.names(CKPT)]
 
 
 # ------------------------------------------------------------------ files
@@ -93,8 +69,7 @@ def test_what_is_written_is_read_listed_and_deleted(store):
     assert store.read("a/1.bin") == b"again"
     store.delete("a/1.bin")
     assert store.names("a/*") == ["a/2.bin"]
-    with pytest.raises(FileNotFoundError, match="a/1.bin"):
-        store.read("a/1.bin")
+    assert store.read("a/1.bin") is None
 
 
 @pytest.mark.parametrize("call", ["replace", "fsync"])
@@ -120,247 +95,264 @@ def test_a_file_is_synced_before_it_is_renamed(store, monkeypatch):
     assert calls == ["sync", "run.json"]
 
 
+def test_a_folder_may_begin_at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("RESULTS_DIR", "~/x")
+    monkeypatch.chdir(tmp_path)
+    assert Store().root == tmp_path / "x"
+    assert Store("~/y", "~/z").backup == tmp_path / "z"
+    assert not (tmp_path / "~").exists()
+
+
 # ------------------------------------------------------------------ checkpoints
-def test_a_checkpoint_comes_back_bit_by_bit(store):
-    saved = state(3)
-    store.save(CFG, saved)
-    assert equal(store.resume(CFG), saved)
+@pytest.mark.parametrize("algorithm", ["fedavg", "mine", "centralized"])
+@pytest.mark.parametrize("rule", [None, "random"])
+def test_a_checkpoint_comes_back_bit_by_bit(store, mine, algorithm, rule):
+    """Odd values and the order of the weights, by which lists are paired, included."""
+    cfg = replace(CFG, algorithm=algorithm, rule=rule, head="ridge")
+    run, state = utils.open_run(cfg, store)
+    step = utils.centralized_epoch if cfg.centralized else utils.federated_round
+    state = utils.validate(run, state)
+    for _ in range(2):
+        state = step(run, state)
+        store.save(run, state)
+        run, state = utils.open_run(cfg, store)
+        assert list(state.params) == list(run.trainable)
+    whole_run, whole = utils.open_run(cfg, Store(store.root.parent / "other"))
+    whole = utils.validate(whole_run, whole)
+    for _ in range(2):
+        whole = step(whole_run, whole)
+    assert same_state(state, whole)
 
 
-@pytest.mark.parametrize(("algorithm", "server"), [
-    ("fedavg", "average"), ("fedprox", "average"), ("fedavg", "momentum"), ("fedavg", "adam"),
-    ("scaffold", "fedexp"), ("centralized", "average")])
-def test_a_run_goes_on_from_a_checkpoint_to_the_same_bits(store, algorithm, server):
-    """In particular the order of the weights, by which lists are paired, must not matter."""
-    cfg = replace(CFG, algorithm=algorithm, server=server, num_clients=3, prox_mu=1.0)
-    layers = [torch.nn.Linear(12, 12) for _ in range(6)]  # of one shape: a mix-up would be silent
-    run, state = small_run(cfg, model=torch.nn.Sequential(torch.nn.Flatten(), *layers))
-    step = utils.centralized_epoch if algorithm == "centralized" else utils.federated_round
-    whole = broken = step(run, state)
-    for _ in range(3):
-        store.save(cfg, broken)
-        whole, broken = step(run, whole), step(run, store.resume(cfg))
-        assert whole.history == broken.history
-        assert same(whole.params, broken.params)
-        assert all(same(whole.memory[g], broken.memory[g]) for g in whole.memory)
-
-
-@pytest.mark.parametrize("best_round", [0, 3])
-def test_a_best_that_is_missing_or_the_newest_comes_back(store, best_round):
-    saved = state(3)
-    saved = replace(saved, best_round=best_round, best=saved.params if best_round else None)
-    store.save(CFG, saved)
-    assert equal(store.resume(CFG), saved)
+def test_the_best_weights_are_stored_beside_the_last(store):
+    run, state = utils.open_run(CFG, store)
+    state = utils.validate(run, state)
+    state = utils.federated_round(run, state)
+    store.save(run, state)
+    found = resumed(CFG, store)
+    assert same(found.best, state.best)
+    assert not same(found.best, found.params)
 
 
 def test_nothing_stored_is_none(store):
-    assert store.resume(CFG) is None
+    assert store.newest_checkpoint(CFG) is None
     assert store.result(CFG) is None
+    assert store.results() == {}
 
 
-def test_the_newest_two_checkpoints_are_kept(store):
-    for r in (1, 2, 9, 10, 11):
-        store.save(CFG, state(r))
-    assert [Path(n).name[:7] for n in store.names(CKPT)] == ["0000010", "0000011"]
-    assert store.resume(CFG).round == 11
-
-
-@pytest.mark.parametrize("cut", [0, 1, 7, 8, 100, -100, -1])
-def test_a_truncated_checkpoint_falls_back_to_the_one_before(store, cut):
-    old, new = state(1), state(2)
-    store.save(CFG, old)
-    store.save(CFG, new)
-    mangle(store, store.names(CKPT)[1], lambda content: content[:cut])
-    with pytest.warns(UserWarning, match="0000002_.* is damaged"):
-        assert equal(store.resume(CFG), old)
-
-
-@pytest.mark.parametrize("bit", [0, 70, 1000, 4001, 9999, -1])
-def test_a_flipped_bit_falls_back_to_the_checkpoint_before(store, bit):
-    old = state(1)
-    store.save(CFG, old)
-    store.save(CFG, state(2))
-    mangle(store, store.names(CKPT)[1], flip(bit))
-    with pytest.warns(UserWarning, match="0000002_.* is damaged"):
-        assert equal(store.resume(CFG), old)
-
-
-def test_with_both_checkpoints_damaged_a_run_starts_anew(store):
-    for r in (1, 2):
-        store.save(CFG, state(r))
-    for name in store.names(CKPT):
-        mangle(store, name, flip(999))
-    with pytest.warns(UserWarning, match="is damaged"):
-        assert store.resume(CFG) is None
+def test_the_newest_two_checkpoints_are_kept_and_of_a_finished_run_the_last(store):
+    cfg = replace(CFG, num_rounds=12)
+    run, state = utils.open_run(cfg, store)
+    for number in (1, 2, 9, 10, 11):
+        store.save(run, replace(state, round=number))
+    assert checkpoints(store) == ["0000010", "0000011"]
+    store.save(run, replace(state, round=12))
+    assert checkpoints(store) == ["0000012"]
 
 
 def test_unfinished_files_are_ignored(store):
-    saved = state(2)
-    store.save(CFG, saved)
-    folder = store.root / "checkpoints" / run_name(CFG)
+    federated(SHORT, store, watch=stop_after(2))
+    folder = store.root / "checkpoints" / run_name(SHORT)
     (folder / f"0000003_{'0' * 64}.safetensors.77.part").write_bytes(b"half")
-    (store.root / f"{run_name(CFG)}.json.77.part").write_bytes(b"{")
+    (store.root / f"{run_name(SHORT)}.json.77.part").write_bytes(b"{")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert equal(store.resume(CFG), saved)
-    assert store.result(CFG) is None
-
-
-def test_unfinished_files_of_the_cache_are_ignored(store):
-    made = store.cached("head", dict(a=1), lambda: {"w": torch.ones(2)})
-    path = store.root / store.names("cache/*")[0]
-    path.rename(path.with_name(f"{path.name}.77.part"))  # a cut just before the rename
-    mangle(store, store.names("cache/*")[0], lambda content: content[:20])
-    assert same(store.cached("head", dict(a=1), lambda: {"w": torch.ones(2)}), made)
+        assert resumed(SHORT, store).round == 2
+        assert federated(SHORT, store)["status"] == "finished"
+    assert not list(store.root.rglob("*.part"))
 
 
 def test_another_runs_checkpoint_is_refused_with_both_values(store):
-    mine = replace(CFG, name="mine", lr=0.25)
-    store.save(mine, state(2))
+    mine = replace(SHORT, name="mine", lr=0.25)
+    federated(mine, store, watch=stop_after(2))
     with pytest.raises(ValueError, match=r"mine .*'lr': \(0\.5, 0\.25\)") as error:
-        store.resume(replace(mine, lr=0.5))
+        federated(replace(mine, lr=0.5), store)
     assert "batch_size" not in str(error.value), "names a field that does not differ"
-    assert store.resume(mine).round == 2
+    assert resumed(mine, store).round == 2
 
 
-@pytest.mark.parametrize("change", [dict(rule="random"), dict(seed=3), dict(classes_per_client=5),
+@pytest.mark.parametrize("change", [dict(rule="random"), dict(seed=3), dict(momentum=0.5),
                                     dict(num_rounds=9)])
-def test_another_runs_result_is_refused_with_both_values(store, small, change):
+def test_another_runs_result_is_refused_with_both_values(store, change):
     mine = replace(CFG, name="mine", num_rounds=1)
-    utils.train_federated(mine, store)
-    (key, asked), = change.items()
-    for call in (store.result, lambda cfg: utils.train_federated(cfg, store)):
-        with pytest.raises(ValueError, match=key) as error:
+    federated(mine, store)
+    (field, asked), = change.items()
+    expected = rf"'{field}': \({asked!r}, {getattr(mine, field)!r}\)"
+    for call in (store.result, lambda cfg: federated(cfg, store)):
+        with pytest.raises(ValueError, match=expected):
             call(replace(mine, **change))
-        assert f"'{key}': ({asked!r}, {getattr(mine, key)!r})" in str(error.value)\
-            or getattr(mine, key) == getattr(utils.Config(), key)
-
-
-def test_a_derived_name_tells_runs_apart(store):
-    store.save(CFG, state(2))
-    assert store.resume(replace(CFG, lr=0.7)) is None
 
 
 # ------------------------------------------------------------------ results
-def test_json_refuses_numbers_that_are_none():
-    assert parse(dump(dict(a=[1.5, None, "x"]))) == dict(a=[1.5, None, "x"])
+def test_json_refuses_numbers_that_it_lacks():
     for bad in (float("nan"), float("inf")):
         with pytest.raises(ValueError, match="JSON"):
-            dump(dict(history=[dict(loss=bad)]))
+            utils.to_json(dict(history=[dict(loss=bad)]))
 
 
-def test_a_result_says_what_ran_where_and_with_what(store, small):
+def test_a_result_says_what_ran_where_and_with_what(store):
     cfg = replace(CFG, rule="random", head="ridge")
-    result = utils.train_federated(cfg, store)
-    text = (store.root / f"{run_name(cfg)}.json").read_text()
+    result = federated(cfg, store)
+    text = (store.root / f"{run_name(cfg)}.json").read_text(encoding="utf-8")
     stored = json.loads(text, parse_constant=lambda c: pytest.fail(f"{c} in the JSON"))
-    assert stored.pop("sha256") == digest(result)
     assert stored == result
+    assert (stored["run"], stored["status"], stored["error"]) == (run_name(cfg), "finished", "")
     assert stored["config"] == json.loads(json.dumps(asdict(cfg)))
-    assert stored["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
-    assert stored["versions"].keys() >= {"torch", "timm", "numpy", "torchvision"}
-    assert stored["backbone"] == digest(backbone(build_model(cfg)))
-    assert stored["device"] == "cpu"
+    assert utils.Config(**stored["config"]) == cfg
+    assert stored["key"] == json.loads(json.dumps(utils.run_key(cfg)))
+    assert stored["backbone_sha256"] == utils.tensors_sha256(
+        utils.backbone(utils.build_model(cfg)))
+    assert [row["round"] for row in stored["history"]] == [0, 1, 2, 3, 4]
     assert stored["seconds"] > 0
-    assert [row["round"] for row in stored["history"]] == [1, 2, 3, 4]
-    assert [row["round"] for row in stored["history"] if "val_top1" in row] == [2, 4]
-    assert stored["status"] == "finished"
-    assert stored["error"] == ""
+    part, = stored["segments"]
+    assert (part["after_round"], part["device"], part["threads"]) == (0, "cpu", 1)
+    assert part["code"] == utils.CODE_SHA256
+    assert part["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
 
 
-def test_a_run_stores_the_hash_of_its_cached_mask(store, small, monkeypatch):
+def test_a_run_stores_the_hash_and_the_kinds_of_its_mask(store, monkeypatch):
     cfg = replace(CFG, rule="least_sensitive", head="ridge", sparsity=0.75)
-    found = utils.train_federated(cfg, store)["mask"]
+    found = federated(cfg, store)["mask"]
     name, = store.names("cache/mask_*")
     mask = safetensors.torch.load(store.read(name))
-    assert found["sha256"] == digest(mask)
-    assert found["composition"] == utils.composition(mask)
-    free, every = (sum(c.sum().item() for c in mask.values()), utils.flat(mask).numel())
-    assert free == round(0.25 * every)
+    assert found["sha256"] == utils.tensors_sha256(mask)
+    assert found["per_layer"] == utils.trainable_per_layer(mask)
+    assert found["trainable"] == round(0.25 * found["maskable"])
     monkeypatch.setattr(utils, "calibrate_mask", lambda *a, **k: pytest.fail("calibrated again"))
-    assert utils.train_federated(replace(cfg, lr=0.01), store)["mask"] == found
+    assert federated(replace(cfg, lr=0.01), store)["mask"] == found
 
 
-def test_cached_computes_once_for_a_key(store):
+@pytest.mark.parametrize(("changes", "bits"), [
+    (dict(calibration="central"), 0), (dict(calibration="mean"), 32), (dict(calibration="vote"), 1),
+    (dict(calibration="mean", calibration_clients=0.5), 16)])
+def test_calibrating_by_clients_is_counted(store, changes, bits):
+    cfg = replace(CFG, rule="least_sensitive", head="ridge", num_rounds=1, **changes)
+    mask = federated(cfg, store)["mask"]
+    assert mask["bytes_up"] == bits * mask["maskable"] // 8 * 10 * cfg.calibration_rounds
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"3", b"null", b"\xff\xfe", b"{}" * 2,
+                                     b'{"history": []}', b"[" * 100_000])
+def test_a_foreign_json_is_named_and_left_out(store, content):
+    result = federated(SHORT, store)
+    (store.root / "foreign.json").write_bytes(content)
+    with pytest.warns(UserWarning, match=r"foreign\.json is no result of a run"):
+        assert store.results() == {result["run"]: result}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert store.results().keys() == {result["run"]}  # once is enough
+
+
+def test_a_foreign_json_under_a_runs_name_is_kept_aside(store):
+    (store.root).mkdir()
+    (store.root / f"{run_name(SHORT)}.json").write_bytes(b'{"mine": 1}')
+    with pytest.warns(UserWarning, match="no result of a run"):
+        assert federated(SHORT, store)["status"] == "finished"
+    assert (store.root / f"{run_name(SHORT)}.json.damaged").read_bytes() == b'{"mine": 1}'
+
+
+def test_a_result_is_read_again_where_its_file_has_changed(store):
+    result = federated(SHORT, store)
+    store.results()
+    other = Store(store.root)
+    other.write(f"{run_name(SHORT)}.json", utils.to_json(result | {"seconds": 7.0}))
+    assert store.results()[result["run"]]["seconds"] == 7.0
+
+
+def test_text_is_utf8_whatever_the_locale(store, monkeypatch):
+    import locale
+    monkeypatch.setattr(locale, "getpreferredencoding", lambda *args: "ascii")
+    store.write("notes/a.json", utils.to_json(dict(x="±")))
+    assert "±".encode() in (store.root / "notes/a.json").read_bytes()
+    key = dict(what="±")
+    assert store.compute_or_load("fact", key, lambda: dict(x="±")) == dict(x="±")
+    assert store.compute_or_load("fact", key, lambda: 1 / 0) == dict(x="±")
+
+
+# ------------------------------------------------------------------ what is computed once
+def test_a_value_is_computed_once_for_a_key(store):
     calls = []
-    compute = lambda: (calls.append(1), {"w": torch.tensor([1 / 3, len(calls)])})[1]  # noqa: E731
-    first = store.cached("head", dict(l2=1.0, train=[1, 2]), compute)
-    assert same(store.cached("head", dict(train=[1, 2], l2=1.0), compute), first)
+
+    def compute():
+        calls.append(1)
+        return {"w": torch.tensor([1 / 3, len(calls)])}
+    first = store.compute_or_load("head", dict(l2=1.0, train=[1, 2]), compute)
+    assert same(store.compute_or_load("head", dict(train=[1, 2], l2=1.0), compute), first)
     assert len(calls) == 1
-    for key in (dict(l2=2.0, train=[1, 2]), dict(l2=1.0, train=[1, 3])):
-        assert not same(store.cached("head", key, compute), first)
-    assert not same(store.cached("mask", dict(l2=1.0, train=[1, 2]), compute), first)
+    for kind, key in (("head", dict(l2=2.0, train=[1, 2])), ("head", dict(l2=1.0, train=[1, 3])),
+                      ("mask", dict(l2=1.0, train=[1, 2]))):
+        assert not same(store.compute_or_load(kind, key, compute), first)
     assert len(calls) == 4
 
 
-def test_cached_keeps_json_as_well_as_weights(store):
-    assert store.cached("fact", dict(a=1), lambda: dict(x=[1, 2])) == dict(x=[1, 2])
-    assert store.cached("fact", dict(a=1), lambda: 1 / 0) == dict(x=[1, 2])
+def test_json_is_kept_as_well_as_tensors_and_a_frozen_store_computes_nothing(store):
+    assert store.compute_or_load("fact", dict(a=1), lambda: dict(x=[1, 2])) == dict(x=[1, 2])
+    frozen = Store(store.root, frozen=True)
+    assert frozen.compute_or_load("fact", dict(a=1), lambda: 1 / 0) == dict(x=[1, 2])
+    assert frozen.compute_or_load("fact", dict(a=2), lambda: 1 / 0) == {}
 
 
-# ------------------------------------------------------------------ the drive
-def test_every_file_is_copied_to_the_drive(mirrored, small):
-    utils.train_federated(replace(CFG, rule="random", head="ridge"), mirrored)
-    assert files(mirrored.root) == files(mirrored.drive)
-    assert len(files(mirrored.root)) == 4  # result, checkpoint, head, mask
+# ------------------------------------------------------------------ the backup
+def test_every_file_is_copied_to_the_backup(backed):
+    federated(replace(CFG, rule="random", head="ridge"), backed)
+    assert files(backed.root) == files(backed.backup)
+    assert len(files(backed.root)) == 5  # result, predictions, checkpoint, head, mask
 
 
-def test_an_emptied_root_is_found_on_the_drive(mirrored, small, monkeypatch):
-    saved = state(2)
-    mirrored.save(replace(CFG, name="cut"), saved)
-    result = utils.train_federated(CFG, mirrored)
-    shutil.rmtree(mirrored.root)
-    again = Store(mirrored.root, mirrored.drive)
-    assert equal(again.resume(replace(CFG, name="cut")), saved)
-    monkeypatch.setattr(utils, "open_run", lambda *a: pytest.fail("trained again"))
-    assert utils.train_federated(CFG, again) == result
+def test_what_a_wiped_machine_had_is_found_in_the_backup(backed, monkeypatch):
+    federated(replace(SHORT, name="cut"), backed, watch=stop_after(2))
+    result = federated(SHORT, backed)
+    shutil.rmtree(backed.root)
+    again = Store(backed.root, backed.backup)
+    assert (again.root / f"{run_name(SHORT)}.npy").is_file()
+    assert again.results() == {result["run"]: result}
+    assert resumed(replace(SHORT, name="cut"), again).round == 2
+    monkeypatch.setattr(utils, "open_run", lambda *args: pytest.fail("trained again"))
+    assert federated(SHORT, again) == result
 
 
-def test_old_checkpoints_leave_the_drive_too(mirrored):
-    for r in (1, 2, 3):
-        mirrored.save(CFG, state(r))
-    for place in (mirrored.root, mirrored.drive):
+def test_old_checkpoints_leave_the_backup_too(backed):
+    run, state = utils.open_run(replace(CFG, num_rounds=9), backed)
+    for number in (1, 2, 3):
+        backed.save(run, replace(state, round=number))
+    for place in (backed.root, backed.backup):
         assert sorted(p.name[:7] for p in place.glob(CKPT)) == ["0000002", "0000003"]
 
 
-def test_training_goes_on_without_the_drive(tmp_path, small, monkeypatch):
-    store = Store(tmp_path / "root", tmp_path / "drive", minutes=0)
-    cfg = replace(CFG, num_rounds=6, eval_every=1)
+def test_results_reach_the_backup_after_what_they_name(backed, monkeypatch):
+    """A result there without its weights would be a run that cannot go on."""
+    order, rename = [], os.replace
+
+    def full(part, path):
+        if str(backed.backup) in str(path):
+            raise OSError("drive is full")
+        rename(part, path)
     with monkeypatch.context() as patch:
-        break_drive(patch, store.drive)
-        with pytest.warns(UserWarning, match="only in .*drive is full"):
-            result = utils.train_federated(cfg, store)
-    assert result["status"] == "finished"
-    alone = utils.train_federated(cfg, Store(tmp_path / "alone"))
-    assert result["history"] == alone["history"]
-    assert not list(store.drive.rglob("*.json"))
+        patch.setattr(os, "replace", full)
+        quietly(federated, CFG, backed)
+    monkeypatch.setattr(os, "replace", lambda a, b: (order.append(Path(b)), rename(a, b)))
+    backed.write("later.json", b"{}")
+    copied = [p.suffix for p in order if backed.backup in p.parents]
+    assert sorted(copied[:2]) == [".npy", ".safetensors"]
+    assert copied[2:] == [".json", ".json"]
+
+
+def test_training_goes_on_while_the_backup_fails_and_catches_up(tmp_path, monkeypatch):
+    store = Store(tmp_path / "root", tmp_path / "drive", minutes=0)
+    rename = os.replace
+
+    def full(part, path):
+        if str(store.backup) in str(path):
+            raise OSError("drive is full")
+        rename(part, path)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        with pytest.warns(UserWarning, match="could not be copied.*drive is full"):
+            result = federated(SHORT, store)
+    assert timeless(result) == timeless(federated(SHORT, Store(tmp_path / "alone")))
+    assert not list(store.backup.rglob("*.json"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         store.write("next.json", b"{}")
-    assert files(store.drive) == files(store.root)
-
-
-def test_old_checkpoints_that_stay_on_a_broken_drive_do_not_stop_a_run(mirrored, monkeypatch):
-    for r in (1, 2):
-        mirrored.save(CFG, state(r))
-    newest = state(3)
-    with monkeypatch.context() as patch, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        break_drive(patch, mirrored.drive)
-        mirrored.save(CFG, newest)
-    assert equal(mirrored.resume(CFG), newest)
-
-
-def test_results_reach_the_drive_after_the_checkpoint(tmp_path, small, monkeypatch):
-    """A result on the drive without its weights would be a run that cannot go on."""
-    store, order, copy = Store(tmp_path / "root", tmp_path / "drive"), [], os.replace
-    monkeypatch.setattr(os, "replace", lambda a, b: (order.append(Path(b)), copy(a, b)))
-    with monkeypatch.context() as patch, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        break_drive(patch, store.drive)
-        utils.train_federated(CFG, store)
-    order.clear()
-    store.write("later.json", b"{}")
-    copied = [p.suffix for p in order if store.drive in p.parents]
-    assert copied == sorted(copied, reverse=True)  # .safetensors, then .json
-    assert len(set(copied)) == 2
+    assert files(store.backup) == files(store.root)
