@@ -21,15 +21,6 @@ def _seeded():
 
 
 @pytest.fixture
-def mine():
-    """The algorithm `helpers.Mine`, registered as "mine"."""
-    from helpers import Mine
-    utils.register_algorithm("mine", Mine)
-    yield Mine
-    utils.ALGORITHMS.pop("mine", None)
-
-
-@pytest.fixture
 def mlp():
     return nn.Sequential(nn.Linear(12, 16), nn.LayerNorm(16), nn.ReLU(), nn.Linear(16, 10))
 

@@ -162,3 +162,6 @@ class Mine(FedAvg):
         for client, message in update.messages.items():
             memory[f"client/{client}"] = message
         return utils.add(state.params, step), memory
+
+
+utils.register_algorithm("mine", Mine)

@@ -61,7 +61,7 @@ def module_of(source: str, folder, name: str):
 
 
 @pytest.fixture(autouse=True)
-def _registered(mine):
+def _registered():
     register_algorithm("reads", Reads)
     yield
     del utils.ALGORITHMS["reads"]

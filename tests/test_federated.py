@@ -233,7 +233,7 @@ def test_the_learning_rate_by_hand(schedule, points):
         assert utils.learning_rate(cfg, progress) == pytest.approx(0.2 * share, abs=1e-12)
 
 
-def test_a_round_leaves_its_input_alone(mine):
+def test_a_round_leaves_its_input_alone():
     run, start = small_run(replace(CFG, algorithm="mine"))
     state = rounds(run, start, 2)
     groups = {"params": state.params, **state.algorithm_state}
@@ -248,7 +248,7 @@ def test_a_round_leaves_its_input_alone(mine):
 
 # ------------------------------------------------------------------ masks
 @pytest.mark.parametrize("algorithm", ["fedavg", "mine", "centralized"])
-def test_frozen_entries_keep_their_bits_and_others_move(mine, algorithm):
+def test_frozen_entries_keep_their_bits_and_others_move(algorithm):
     cfg = replace(CFG, algorithm=algorithm, weight_decay=0.1, prox_mu=0.5)
     step = utils.centralized_epoch if cfg.centralized else federated_round
     dense, start = small_run(cfg)

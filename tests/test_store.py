@@ -107,7 +107,7 @@ def test_a_folder_may_begin_at_home(tmp_path, monkeypatch):
 # ------------------------------------------------------------------ checkpoints
 @pytest.mark.parametrize("algorithm", ["fedavg", "mine", "centralized"])
 @pytest.mark.parametrize("rule", [None, "random"])
-def test_a_checkpoint_comes_back_bit_by_bit(store, mine, algorithm, rule):
+def test_a_checkpoint_comes_back_bit_by_bit(store, algorithm, rule):
     """Odd values and the order of the weights, by which lists are paired, included."""
     cfg = replace(CFG, algorithm=algorithm, rule=rule, head="ridge")
     run, state = utils.open_run(cfg, store)

@@ -252,7 +252,7 @@ def test_an_interrupted_run_goes_on_to_the_unbroken_bits(tmp_path, monkeypatch, 
     assert [part["after_round"] for part in again[0]["segments"]] == [0, stopped["round"]]
 
 
-def test_interrupting_at_every_round_changes_nothing(tmp_path, monkeypatch, mine):
+def test_interrupting_at_every_round_changes_nothing(tmp_path, monkeypatch):
     cfg = replace(CFG, algorithm="mine", num_rounds=6, eval_every=1)
     whole, seen = final(cfg, Store(tmp_path / "whole")), []
     for _ in range(6):
@@ -341,7 +341,7 @@ def test_each_part_of_a_run_says_where_it_was_trained(store, monkeypatch):
 # ------------------------------------------------------------------ more rounds
 @pytest.mark.parametrize("kind", ["mine", "sparse", "centralised"])
 def test_at_a_constant_rate_a_finished_run_goes_on_to_the_longer_runs_bits(tmp_path, monkeypatch,
-                                                                           mine, kind):
+                                                                           kind):
     cfg = {"mine": replace(CFG, algorithm="mine"), "sparse": SPARSE, "centralised": CENTRAL}[kind]
     cfg = replace(cfg, schedule="constant", num_epochs=4, eval_every=2)
     longer = replace(cfg, num_rounds=8, num_epochs=8)
@@ -525,7 +525,7 @@ def test_masks_are_calibrated_on_the_clients_own_images(store, monkeypatch, cali
 
 
 # ------------------------------------------------------------------ ideas of one's own
-def test_a_registered_algorithm_and_rule_train_and_resume_bitwise(tmp_path, monkeypatch, mine):
+def test_a_registered_algorithm_and_rule_train_and_resume_bitwise(tmp_path, monkeypatch):
     def by_size(weights, fisher, draw):
         return {n: w.abs() + w.abs().mean() for n, w in weights.items()}
     monkeypatch.setitem(RULES, "mine", utils.Rule(by_size))
@@ -600,7 +600,7 @@ def test_a_finished_sparse_run_keeps_only_its_trainable_weights_and_its_mask(sto
     assert again["loss"] == result["test"]["loss"]
 
 
-def test_a_finished_run_keeps_no_memory_unless_it_may_go_on(store, mine):
+def test_a_finished_run_keeps_no_memory_unless_it_may_go_on(store):
     for schedule, kept in (("cosine", {"params"}), ("constant", {"params", "state/momentum"})):
         cfg = replace(CFG, algorithm="mine", schedule=schedule)
         train(cfg, store)
