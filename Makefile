@@ -1,14 +1,14 @@
-# make demo | test | figures | report | bench: each sets up .venv on first use.
+# make demo | test | figures | report | budget | bench: each sets up .venv on first use.
 VENV ?= .venv
 PYTHON := $(VENV)/bin/python
 export DATA_DIR ?= $(CURDIR)/data
 
-.PHONY: demo again test browser colab flower lint figures bench report trust mutants clean
+.PHONY: demo again test browser colab flower lint figures budget bench report trust mutants clean
 
 $(VENV)/installed: requirements.txt
 	python3 -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements.txt \
-		nbclient nbformat ipykernel pytest pytest-xdist hypothesis ruff
+		nbclient nbconvert nbformat ipykernel pytest pytest-xdist hypothesis ruff
 	touch $@
 
 $(VENV)/extras: $(VENV)/installed
@@ -22,8 +22,11 @@ demo: $(VENV)/installed  ## all notebooks in the demo preset, on a CPU in minute
 again:  ## after demo: everything is found, and what is deleted comes back the same
 	$(PYTHON) tests/rerun_demo.py
 
-figures: $(VENV)/installed  ## figures/ again from results/, training nothing
-	PRESET=$(or $(PRESET),small) TRAIN=no $(PYTHON) tests/run_notebooks.py
+figures: $(VENV)/installed  ## figures/ and report/notebooks/*.html from results/, training nothing
+	PRESET=$(or $(PRESET),small) TRAIN=no $(PYTHON) tests/run_notebooks.py --html report/notebooks
+
+budget: $(VENV)/installed  ## what each preset and notebook costs: runs, images, FLOP, hours
+	@$(PYTHON) -m notebooks.experiments budget
 
 report: $(VENV)/installed  ## report/report.pdf from results/ and figures/; its numbers alone without TeX
 	$(PYTHON) -m report.make_numbers
@@ -62,8 +65,17 @@ trust: $(VENV)/installed  ## runs killed at chosen moments, then faults, foreign
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest $(addprefix tests/test_,$(addsuffix .py,\
 		faults untrusted bad_input determinism resume))
 
-mutants: $(VENV)/installed  ## the code broken on purpose, which the tests must notice
-	OMP_NUM_THREADS=1 $(PYTHON) tests/mutants.py
+# The method in utils.py: data and shards, task vectors, SparseSGDM, sensitivity, masks, federation.
+METHOD := split shard _shard cohort add scale negate task_vector apply_vector squared_norm flatten \
+	unflatten decay_and_mask_ _check_mask maskable squared_gradients sensitivity _draw_labels \
+	select_lowest _query_key calibrate_mask _combined_scores learning_rate local_step \
+	client_update accumulate_update shares_of federated_round
+
+mutants: $(VENV)/installed  ## the method broken on purpose in mutants/, which the tests must notice
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check "mutmut>=3.8"
+	OMP_NUM_THREADS=1 $(VENV)/bin/mutmut run "utils.xǁSparseSGDM*" \
+		$(foreach name,$(METHOD),"utils.x_$(name)*")
+	$(VENV)/bin/mutmut results
 
 clean:
-	rm -rf $(VENV) .venv-colab results/demo figures/demo
+	rm -rf $(VENV) .venv-colab results/demo figures/demo mutants
