@@ -1,52 +1,91 @@
-"""Runs notebooks headlessly and prints a table of what they stored: `make demo`, `make figures`.
+"""Runs the notebooks headlessly: `make demo`, `make figures`.
 
-    python tests/run_notebooks.py [--out FOLDER] [names ...]
+    python tests/run_notebooks.py [--preset NAME] [--out FOLDER] [--html FOLDER] [-p NAME VALUE] [names ...]
 
-The preset and whether to train come from the environment: PRESET, TRAIN.
+`-p HOURS 0.5` sets a parameter, in a cell of its own below the one tagged "parameters", as
+papermill does. With TRAIN=no in the environment nothing is trained: figures are drawn from what is
+stored. Executed notebooks are kept as notebooks in --out and as pages in --html.
 """
 import argparse
+import ast
 import os
-import sys
 import time
 from pathlib import Path
 
 import nbclient
 import nbformat
+from nbconvert import HTMLExporter
 
 ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("0*.ipynb"))
 
 
-def execute(path: Path, out: Path | None) -> float:
-    """Runs one notebook in notebooks/, keeps the executed copy in `out`; returns the seconds."""
-    began, notebook = time.monotonic(), nbformat.read(path, as_version=4)
+def inject(notebook, parameters: dict):
+    """Puts the parameters into a cell after the one tagged "parameters"."""
+    if not parameters:
+        return
+    tagged = [i for i, cell in enumerate(notebook.cells)
+              if "parameters" in cell.metadata.get("tags", [])]
+    (at,) = tagged
+    source = "\n".join(f"{name} = {value!r}" for name, value in parameters.items())
+    notebook.cells.insert(at + 1, nbformat.v4.new_code_cell(source))
+
+
+def execute(path: Path, out: Path | None = None, html: Path | None = None,
+            parameters: dict | None = None) -> float:
+    """Runs one notebook in notebooks/, keeps the executed copy; returns the seconds.
+
+    Raises nbclient's CellExecutionError with the failing cell; what was run until then is kept.
+    """
+    began = time.monotonic()
+    notebook = nbformat.read(path, as_version=4)
+    inject(notebook, parameters or {})
+    client = nbclient.NotebookClient(
+        notebook, timeout=None, extra_arguments=["--IPKernelApp.log_level=40"],
+        resources={"metadata": {"path": str(path.parent)}})
     try:
-        nbclient.NotebookClient(
-            notebook, timeout=None, extra_arguments=["--IPKernelApp.log_level=40"],
-            resources={"metadata": {"path": str(path.parent)}}).execute()
+        client.execute()
     finally:
-        if out:
+        if out is not None:
             out.mkdir(parents=True, exist_ok=True)
             nbformat.write(notebook, out / path.name)
+        if html is not None:
+            write_page(notebook, html / f"{path.stem}.html")
     return time.monotonic() - began
+
+
+def write_page(notebook, path: Path):
+    """The executed notebook as one page that needs nothing else; widgets are left out."""
+    notebook.metadata.pop("widgets", None)
+    page, _ = HTMLExporter(embed_images=True).from_notebook_node(notebook)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page, encoding="utf-8")
+
+
+def literal(text: str):
+    """A Python literal, else the text itself."""
+    try:
+        return ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        return text
 
 
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("--out", type=lambda p: Path(p).absolute(), default=None)
-    parser.add_argument("names", nargs="*")
+    parser.add_argument("--out", type=lambda p: Path(p).absolute())
+    parser.add_argument("--html", type=lambda p: Path(p).absolute())
+    parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
+    parser.add_argument("names", nargs="*", help="parts of notebooks' names; none for all")
     args = parser.parse_args()
-    for path in sorted((ROOT / "notebooks").glob("0*.ipynb")):
-        if not args.names or any(name in path.name for name in args.names):
-            print(f"{path.name} ...", end=" ", flush=True)
-            print(f"{execute(path, args.out):.0f} s", flush=True)
-    sys.path.insert(0, str(ROOT))
-    from utils import gather, open_store, stored
-    store = open_store(os.environ.get("PRESET", "full"))
-    runs, _ = gather(stored(store), store)
-    columns = ["dataset", "algorithm", "server", "sharding", "local_steps", "rule", "sparsity",
-               "calibration", "seed", "val", "test"]
-    tested = runs.dropna(subset="test").sort_values(columns[1:-2])
-    print(tested[columns].fillna({"rule": "dense"}).round(1).to_string(index=False))
+    html = args.html
+    if html is None and os.environ.get("TRAIN") == "no":
+        html = ROOT / "report/notebooks"
+    parameters = {name: literal(value) for name, value in args.p}
+    for path in NOTEBOOKS:
+        if args.names and not any(name in path.name for name in args.names):
+            continue
+        print(f"{path.name} ...", end=" ", flush=True)
+        print(f"{execute(path, args.out, html, parameters):.0f} s", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1330 @@
+"""What notebooks show: the plan, the picture while runs train, figures, tables, the panel.
+
+Everything is drawn from stored results, so that it is the same again later; nothing here trains,
+but `train_sections` and the panel's `run`, which call `notebooks.experiments`. In reading order:
+
+    opening        the session of a notebook, and what its first output says
+    style          sizes, colours, names as words
+    saving         figures as PNG and PDF without dates, tables as CSV, also to the drive
+    while training the plan, and a picture that grows
+    drawing        means with intervals as lines and points; what is missing is said
+    figures        one function a figure
+    answers        comparisons as parts of sentences
+    panel          chooses one run, tells what is stored of it
+"""
+import base64
+import html
+import io
+import json
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import ipywidgets as widgets
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import safetensors
+import seaborn as sns
+import torchvision
+from IPython import get_ipython
+from IPython.display import HTML, Markdown, display
+from matplotlib.figure import Figure
+
+
+import utils
+from notebooks import experiments, extension
+from notebooks.experiments import (
+    SECTIONS,
+    Comparison,
+    Session,
+    budget_line,
+    code_line,
+    flop_of,
+    gather,
+    interval_table,
+    last_accuracy,
+    open_session,
+    section_frames,
+    section_runs,
+    t_interval,
+    train_all,
+    write_figure,
+)
+from utils import (
+    ALGORITHMS,
+    PRESETS,
+    RULES,
+    Config,
+    Store,
+    augment,
+    load_data,
+    preset,
+    rng,
+    run_name,
+    shard,
+)
+
+
+# ------------------------------------------------------------------ opening
+def open_notebook(notebook: str, drive: Path | None = None, **parameters) -> Session:
+    """The session of a notebook ("03"), after its first output: the budget and what is stored.
+
+    `parameters` are those of `open_session`: preset_name, seeds, hours, on_cpu, workers,
+    tensorboard. A `drive` that is not mounted counts as none.
+    """
+    if drive is not None and not drive.parent.is_dir():
+        drive = None
+    session = open_session(drive=drive, **parameters)
+    print(budget_line(notebook, session))
+
+    names = [name for name, section in SECTIONS.items() if section.notebook == notebook]
+    runs = [cfg for name in names for cfg in section_runs(name, session)]
+    print(code_line(runs, session.store))
+    place = f"Results are in {session.store.root}, figures in {session.figures}"
+    if drive is not None:
+        place += f"; both are copied to {drive}"
+    print(place)
+    warn_of_edits()
+    return session
+
+
+_SOURCE = Path(utils.__file__).read_text(encoding="utf-8")  # as this kernel imported it
+
+
+def say_edited(info=None):
+    """Says, before a cell runs, that utils.py was edited after this kernel imported it."""
+    if Path(utils.__file__).read_text(encoding="utf-8") != _SOURCE:
+        print("RESTART THE KERNEL: utils.py has been edited, and this kernel runs what it was "
+              "before. What is stored, or half trained, is found again.")
+
+
+def warn_of_edits():
+    shell = get_ipython()
+    if shell is None:
+        return
+    names = [call.__name__ for call in shell.events.callbacks["pre_run_cell"]]
+    if "say_edited" not in names:
+        shell.events.register("pre_run_cell", say_edited)
+
+
+# ------------------------------------------------------------------ style
+COLUMN, PAGE = 3.28, 6.88  # widths in inches of a two-column report, where figures are as wide
+STYLE = {
+    "font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "legend.fontsize": 7,
+    "xtick.labelsize": 7, "ytick.labelsize": 7, "lines.linewidth": 1.2, "lines.markersize": 4,
+    "axes.edgecolor": "0.3", "grid.color": "0.9", "pdf.fonttype": 42, "legend.title_fontsize": 7,
+    "figure.constrained_layout.use": True, "savefig.dpi": 200, "figure.dpi": 120}
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+DASHES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (3, 2, 1, 2)),
+          (0, (2, 1)))
+
+# What an identifier is called in figures and tables; others lose their underscores.
+WORDS = {
+    "classes_per_client": "classes a client, Nc", "dirichlet_alpha": "Dirichlet α",
+    "local_steps": "local steps, J", "num_rounds": "rounds, T", "num_epochs": "epochs",
+    "rule": "mask rule", "sparsity": "sparsity, s", "lr": "learning rate, η", "seed": "seed",
+    "calibration_rounds": "calibration rounds, R", "calibration": "calibration",
+    "weight_decay": "weight decay", "batch_size": "batch size, B", "val": "validation (%)",
+    "test": "test (%)", "start": "untrained start (%)", "lr_now": "learning rate, η",
+    "dense": "all weights", "central": "one place", "fedavg": "FedAvg", "fedprox": "FedProx",
+    "scaffold": "SCAFFOLD", "fedavgm": "FedAvgM", "fedadam": "FedAdam", "fedexp": "FedExP",
+    "lda": "LDA", "crop_flip": "crop and flip", "query_key": "query and key",
+    "warmup_cosine": "warm-up, cosine", "centralized": "centralised"}
+
+
+def words(name) -> str:
+    """An identifier as a reader knows it."""
+    if isinstance(name, float):
+        return f"{name:g}"
+    return WORDS.get(name, str(name).replace("Nc=", "Nc = ").replace("_", " "))
+
+
+def look(i: int) -> dict:
+    """Colour, marker and dash of the i-th of several series, told apart in grey print as well."""
+    colours = sns.color_palette("colorblind")
+    return dict(color=colours[i % len(colours)], marker=MARKERS[i % len(MARKERS)],
+                linestyle=DASHES[i % len(DASHES)])
+
+
+def figure(width: float = COLUMN, height: float = 2.3, **grid):
+    """(figure, axes) of `width` x `height` inches in the one style; shown by `save_figure` alone."""
+    sns.set_theme("paper", "whitegrid", "colorblind", rc=STYLE)
+    fig = Figure((width, height))
+    return fig, fig.subplots(**grid)
+
+
+# ------------------------------------------------------------------ saving
+def save_figure(session: Session, fig: Figure, name: str, alt: str):
+    """Writes <name>.png and .pdf, the same bytes for the same data, and shows the figure.
+
+    `alt` says in a sentence what is to be seen.
+    """
+    if session.base.dataset == "synthetic":
+        mark_synthetic(fig)
+    pdf = io.BytesIO()
+    nothing = dict(CreationDate=None, Creator=None, Producer=None)
+    fig.savefig(pdf, format="pdf", metadata=nothing)
+    write_figure(session, f"{name}.pdf", pdf.getvalue())
+    write_figure(session, f"{name}.png", png_of(fig))
+    width = 100 * fig.get_size_inches()[0]
+    display(HTML(as_image(png_of(fig), alt, f"{width:.0f}px")))
+
+
+def png_of(fig: Figure) -> bytes:
+    content = io.BytesIO()
+    fig.savefig(content, format="png")
+    return content.getvalue()
+
+
+def as_image(png: bytes, alt: str, width: str) -> str:
+    """An <img> with alternative text, the picture inside it."""
+    data = base64.b64encode(png).decode()
+    return (f'<img alt="{html.escape(alt)}" style="width:{width};max-width:100%;height:auto;'
+            f'background:white" src="data:image/png;base64,{data}">')
+
+
+def mark_synthetic(fig: Figure):
+    fig.text(0.5, 0.5, "SYNTHETIC DATA", color="red", alpha=0.4, size=14, ha="center", va="center")
+
+
+def save_table(session: Session, frame: pd.DataFrame, name: str) -> pd.DataFrame:
+    """Writes <name>.csv (UTF-8) and gives the table with its names as words."""
+    table = frame.rename(index=words, columns=words)
+    table.index.names = [n and words(n) for n in table.index.names]
+    table.columns.names = [n and words(n) for n in table.columns.names]
+    if session.base.dataset == "synthetic":
+        table = pd.concat({"SYNTHETIC DATA": table}, axis=1)
+    write_figure(session, f"{name}.csv", table.to_csv().encode("utf-8"))
+    return table
+
+
+# ------------------------------------------------------------------ while training
+def plan(session: Session, *names: str) -> pd.DataFrame:
+    """What of these sections is stored and what is left: a row a section, and their sum.
+
+    Time is from the seconds of stored runs on this hardware, else estimated; a search that is not
+    finished counts with the rates that it usually takes.
+    """
+    speed, source = experiments.throughput(session.preset, session.store)
+    rows = []
+    for name in names:
+        section = SECTIONS[name]
+        runs = experiments._unlike(section_runs(name, session))
+        done = [is_stored(cfg, session.store, section.test) for cfg in runs]
+        flop = sum(flop_left(cfg, session.store, section.test) for cfg in runs)
+        searches, search_flop = searches_left(name, session)
+        minutes = (flop + search_flop) / speed / session.workers / 60
+        rows.append(dict(section=name, runs=len(runs), stored=sum(done), searches_left=searches,
+                         minutes_left=round(minutes, 1)))
+    frame = pd.DataFrame(rows).set_index("section").rename(index=lambda n: n.replace("_", " "))
+    if len(names) > 1:
+        frame.loc["all"] = frame.sum()
+    columns = dict(searches_left="runs of searches left", minutes_left=f"minutes left, {source}")
+    return frame.astype({"runs": int, "stored": int, "searches_left": int}).rename(columns=columns)
+
+
+def is_stored(cfg: Config, store: Store, test: bool) -> bool:
+    return experiments.is_done(cfg, store, test)
+
+
+def flop_left(cfg: Config, store: Store, test: bool) -> float:
+    """FLOP that a run still needs."""
+    if is_stored(cfg, store, test):
+        return 0.0
+    left = 1 - rounds_stored(cfg, store) / cfg.length
+    return left * flop_of(cfg, test)
+
+
+def searches_left(name: str, session: Session) -> tuple[int, float]:
+    """(runs, FLOP) that the unfinished searches of a section usually still take."""
+    section = SECTIONS[name]
+    if not (section.searched and session.scale.searches):
+        return 0, 0.0
+    like = [experiments.searched_like(cfg, session) for cfg in section.cells(session).values()]
+    runs, flop = 0, 0.0
+    for cfg in experiments._unlike(like):
+        found = experiments.ladder(cfg, session.store)
+        if found.finished:
+            continue
+        left = max(len(found.todo), experiments.RUNGS - len(found.scores))
+        runs += left
+        flop += left * flop_of(cfg, False)
+    return runs, flop
+
+
+def rounds_stored(cfg: Config, store: Store) -> int:
+    """Rounds (or epochs) in the working copy's newest checkpoint, by its name."""
+    folder = store.root / "checkpoints" / run_name(cfg)
+    names = sorted(path.name for path in folder.glob("*.safetensors"))
+    if not names:
+        return 0
+    return int(names[-1].split("_")[0])
+
+
+def history_stored(cfg: Config, store: Store) -> list[dict]:
+    """The history so far: the result's, else that of the working copy's newest sound checkpoint."""
+    result = store.result(cfg)
+    if result:
+        return result["history"]
+    folder = store.root / "checkpoints" / run_name(cfg)
+    for path in sorted(folder.glob("*.safetensors"), reverse=True):
+        try:
+            with safetensors.safe_open(path, "pt") as file:  # reads the header, no weights
+                return json.loads(file.metadata()["card"])["history"]
+        except (safetensors.SafetensorError, OSError, KeyError, TypeError, ValueError):
+            continue  # cut or damaged: training will say so, and resume from an older one
+    return []
+
+
+def train_sections(session: Session, *names: str):
+    """Trains what is missing of these sections, under a picture that grows.
+
+    Stop the cell at will: what was begun is stored, and running it again goes on.
+    """
+    live = Live()
+    for name in names:
+        left = experiments.run_section(name, session, live)
+        if left:
+            break
+    live.finish()
+
+
+class Live:
+    """The picture that grows while runs train; called with a run and its history.
+
+    Updated in place at every evaluation, though not more than about three times a second; where
+    there is no display, a line of text.
+    """
+    seconds = 0.3  # between two pictures: drawing must not take longer than training
+
+    def __init__(self):
+        self.handle = None
+        self.drawn_at = -math.inf
+        self.latest = None  # (run, history) that has not been drawn yet
+
+    def __call__(self, cfg: Config, history: Iterable[dict]):
+        self.latest = cfg, list(history)
+        if not has_display():
+            row = self.latest[1][-1]
+            accuracy = 100 * row.get("val_top1", math.nan)
+            print(f"{run_name(cfg)}: {row['round']} of {cfg.length}, validation {accuracy:.1f} %",
+                  flush=True)
+        elif time.monotonic() - self.drawn_at >= self.seconds:
+            self.draw()
+
+    def finish(self):
+        """Shows the last evaluation, if it came too soon after the one before."""
+        if self.latest is not None and has_display():
+            self.draw()
+
+    def draw(self):
+        content = HTML(picture_of(*self.latest))
+        if self.handle is None:
+            self.handle = display(content, display_id=True)
+        else:
+            self.handle.update(content)
+        self.latest = None
+        self.drawn_at = time.monotonic()
+
+
+def has_display() -> bool:
+    """Whether an output can be updated in place: in a notebook, not in a terminal."""
+    return getattr(get_ipython(), "kernel", None) is not None
+
+
+def picture_of(cfg: Config, history: list[dict]) -> str:
+    """Loss and validation accuracy so far, as an <img> with a title; "" without an evaluation."""
+    evaluated = [row for row in history if "val_top1" in row]
+    if not evaluated:
+        return ""
+    unit = "epoch" if cfg.centralized else "round"
+    fig, (left, right) = figure(PAGE, 1.9, ncols=2)
+    for i, (name, label) in enumerate((("train_loss", "training"), ("val_loss", "validation"))):
+        rows = [row for row in history if name in row]
+        left.plot([row["round"] for row in rows], [row[name] for row in rows], label=label,
+                  **look(i) | {"marker": ("", "o")[i]})
+    right.plot([row["round"] for row in evaluated], [100 * row["val_top1"] for row in evaluated],
+               **look(1))
+    left.set(ylabel="cross-entropy (nats)")
+    right.set(ylabel="validation top-1 (%)")
+    for ax in (left, right):
+        ax.set(xlabel=unit, xlim=(0, 1.02 * cfg.length))
+        ax.xaxis.get_major_locator().set_params(integer=True)
+    left.legend()
+    if cfg.dataset == "synthetic":
+        mark_synthetic(fig)
+    said = ", ".join(f"{100 * r['val_top1']:.1f} % at {unit} {r['round']}" for r in evaluated)
+    name = run_name(cfg)
+    image = as_image(png_of(fig), f"Validation accuracy of {name}: {said}", "44em")
+    return f"<div><b>{name}</b>, {unit} {history[-1]['round']} of {cfg.length}</div>{image}"
+
+
+# ------------------------------------------------------------------ drawing
+def means_of(frame: pd.DataFrame, x: str, y: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(x, mean, half-width of the 95 % t interval over seeds) of y, at every x where there is one."""
+    groups = frame.dropna(subset=[y]).groupby(x, sort=True)[y]
+    found = [(at, *t_interval(values)) for at, values in groups]
+    if not found:
+        return np.zeros(0), np.zeros(0), np.zeros(0)
+    at, mean, half = zip(*found, strict=True)
+    return np.array(at), np.array(mean), np.array(half)
+
+
+def draw_line(ax, frame: pd.DataFrame, x: str, y: str, i: int, label: str, every: bool = False):
+    """The i-th series: means with 95 % intervals; with `every` a band and no markers."""
+    at, mean, half = means_of(frame, x, y)
+    if len(at) == 0:
+        return
+    style = look(i)
+    if not every:
+        ax.errorbar(at, mean, half, label=label, capsize=2, elinewidth=0.8, **style)
+        return
+    ax.plot(at, mean, label=label, **style | {"marker": ""})
+    ax.fill_between(at, mean - half, mean + half, color=style["color"], alpha=0.2, linewidth=0)
+
+
+def draw_lines(ax, frame: pd.DataFrame, x: str, y: str, by: str, order: Iterable = (), **options):
+    """A line for each value of `by`, in the given order or that of appearance."""
+    for i, value in enumerate(list(order) or frame[by].unique()):
+        draw_line(ax, frame[frame[by] == value], x, y, i, words(value), **options)
+
+
+def draw_points(ax, frame: pd.DataFrame, x: str, y: str, by: str, x_order: list, order: list):
+    """Categories on x, side by side for each value of `by`: means with 95 % intervals."""
+    width = 0.7 / max(1, len(order))
+    for i, value in enumerate(order):
+        part = frame[frame[by] == value]
+        shift = (i - (len(order) - 1) / 2) * width
+        at, mean, half = means_of(part.assign(at=part[x].map(x_order.index)), "at", y)
+        if len(at):
+            style = look(i) | {"linestyle": "none"}
+            ax.errorbar(at + shift, mean, half, label=words(value), capsize=2, elinewidth=0.8,
+                        **style)
+    ax.set_xticks(range(len(x_order)), [words(name) for name in x_order])
+    ax.set_xlim(-0.5, len(x_order) - 0.5)
+    ax.grid(visible=False, axis="x")
+
+
+def widen(ax, points: float = 2.0):
+    """Widens a y axis of accuracies to `points` at least: what differs by chance must look it."""
+    low, high = ax.get_ylim()
+    more = max(0, points - (high - low)) / 2
+    ax.set_ylim(low - more, high + more)
+
+
+def draw_start(ax, runs: pd.DataFrame):
+    """A line at the accuracy before any training, the run's own head on frozen features."""
+    if runs.start.notna().any():
+        ax.axhline(runs.start.mean(), color="0.4", linestyle=":", linewidth=1,
+                   label="untrained start")
+
+
+def legend_above(fig: Figure, ax, columns: int, title: str | None = None):
+    """One key for all axes, above them; that of `ax`."""
+    handles, labels = ax.get_legend_handles_labels()
+    if handles:
+        fig.legend(handles, labels, loc="outside upper center", ncols=columns, title=title,
+                   frameon=False)
+
+
+def log_rates(ax):
+    ax.set_xscale("log")
+    ax.set_xlabel("learning rate, η (log scale)")
+
+
+def frames_or_note(session: Session, name: str, section: str):
+    """`section_frames`; None, and a note in the figure's place, where nothing is stored yet."""
+    runs, history = section_frames(section, session)
+    if len(runs):
+        return runs, history
+    fig, ax = figure(COLUMN, 0.6)
+    text = f"{name}: none of its {len(section_runs(section, session))} runs is stored yet"
+    ax.text(0.5, 0.5, text, ha="center", va="center")
+    ax.set_axis_off()
+    display(HTML(as_image(png_of(fig), text, "30em")))
+    return None
+
+
+def note_missing(session: Session, fig: Figure, *sections: str):
+    """Says under the figure what it lacks, and what its bars are."""
+    wanted = [cfg for s in sections for cfg in experiments._unlike(section_runs(s, session))]
+    stored = [session.store.result(cfg) is not None for cfg in wanted]
+    note = "Bars: 95 % t interval over seeds." if len(session.seeds) > 1 else "One seed."
+    if not all(stored):
+        note += f" {len(stored) - sum(stored)} of {len(stored)} runs are not there yet."
+    fig.supxlabel(note, fontsize=6.5, color="0.3")
+
+
+# ------------------------------------------------------------------ figures: the data
+def draw_images(session: Session):
+    """Eight training images, and each as a training step may see it."""
+    data = load_data(session.base)
+    shown = data.images[data.train[:8]]
+    seen = augment(shown, rng("epoch", 0), session.base.augmentation)
+    grid = torchvision.utils.make_grid(np_cat(shown, seen), nrow=8, padding=1, pad_value=255)
+    fig, ax = figure(PAGE, 1.8)
+    ax.imshow(grid.permute(1, 2, 0))
+    ax.set_axis_off()
+    save_figure(session, fig, "01_images", "Eight training images above their augmented copies")
+    print(f"{len(data.train)} training, {len(data.val)} validation, {len(data.test_labels)} test "
+          "images")
+
+
+def np_cat(*images):
+    return utils.torch.cat(images).cpu()
+
+
+def draw_shards(session: Session, name: str, shardings: Iterable[dict]):
+    """Which classes each client holds: images by client and class, a panel a sharding.
+
+    A sharding is what it changes in the configuration, such as {"classes_per_client": 5}.
+    """
+    data = load_data(session.base)
+    labels = data.labels[data.train].cpu().numpy()
+    cfgs = [replace(session.base, **sharding) for sharding in shardings]
+    fig, axes = figure(PAGE, 2.0, ncols=len(cfgs), sharey=True, squeeze=False)
+    for ax, cfg in zip(axes[0], cfgs, strict=True):
+        shards = shard(labels, cfg.num_clients, cfg.classes_per_client, cfg.seed,
+                       cfg.dirichlet_alpha)
+        counts = [np.bincount(labels[members], minlength=100) for members in shards]
+        ax.imshow(np.array(counts), cmap="Greys", norm="symlog", aspect="auto",
+                  interpolation="nearest")
+        ax.set(title=words(experiments.sharding_label(cfg)), xlabel="class", xticks=[0, 50, 99])
+        ax.grid(visible=False)
+    axes[0, 0].set_ylabel("client")
+    save_figure(session, fig, name, "Images of each class (columns) that each client (rows) holds; "
+                "darker is more, white is none")
+
+
+# ------------------------------------------------------------------ figures: searches
+def rates_of(section: str, session: Session) -> pd.DataFrame:
+    """A row a rate that was tried: the section's label columns, lr and val (%, last round)."""
+    columns = SECTIONS[section].columns
+    rows = []
+    for label, cfg in SECTIONS[section].cells(session).items():
+        like = experiments.searched_like(cfg, session)
+        scores = experiments.stored_rates(like, session.store)
+        about = dict(zip(columns, label, strict=True))
+        for lr, score in scores.items():
+            if score > -math.inf:  # a diverged run has no accuracy
+                rows.append(about | {"tried": lr, "val": 100 * score})
+    return pd.DataFrame(rows, columns=[*columns, "tried", "val"])
+
+
+def draw_searches(session: Session, name: str, sections: dict[str, str]):
+    """Validation accuracy against the rate, a panel a section: {section: its label's column}."""
+    fig, axes = figure(PAGE, 2.3, ncols=len(sections), sharey=True, squeeze=False)
+    for ax, (section, column) in zip(axes[0], sections.items(), strict=True):
+        tried = rates_of(section, session)
+        draw_lines(ax, tried, "tried", "val", column)
+        ax.set_title(words(column))
+        log_rates(ax)
+        if len(tried):
+            ax.legend()
+    axes[0, 0].set_ylabel("validation top-1 (%)")
+    widen(axes[0, 0])
+    save_figure(session, fig, name, "Validation accuracy against the learning rate, one line for "
+                "each value of " + ", ".join(map(words, sections.values())))
+
+
+def draw_rates_of_grid(session: Session):
+    """How wide the range of good rates is: accuracy against rate by sharding, a panel a J."""
+    tried = rates_of("grid", session)
+    steps = session.scale.local_steps
+    order = [experiments.nc_label(nc) for nc in session.scale.shardings]
+    fig, axes = figure(PAGE, 2.5, ncols=len(steps), sharey=True, squeeze=False)
+    for ax, j in zip(axes[0], steps, strict=True):
+        draw_lines(ax, tried[tried.local_steps == j], "tried", "val", "sharding", order)
+        ax.set_title(f"J = {j}")
+        log_rates(ax)
+    axes[0, 0].set_ylabel("validation top-1 (%)")
+    legend_above(fig, axes[0, 0], len(order))
+    save_figure(session, fig, "03_rates", "Validation accuracy against the learning rate, a line a "
+                "sharding, a panel a number of local steps")
+
+
+# ------------------------------------------------------------------ figures: notebooks 1 and 2
+def draw_centralized_curves(session: Session):
+    """Loss and accuracy of the baseline on training, validation and test images, by epoch."""
+    found = frames_or_note(session, "01_curves", "centralized")
+    if found is None:
+        return
+    history = found[1]
+    fig, (left, right) = figure(PAGE, 2.4, ncols=2)
+    for i, part in enumerate(("train", "val", "test")):
+        label = {"train": "training", "val": "validation", "test": "test, never chosen by"}[part]
+        draw_line(left, history, "round", f"{part}_loss", i, label)
+        if part != "train":
+            draw_line(right, history, "round", f"{part}_top1", i, label)
+    left.set(xlabel="epoch", ylabel="cross-entropy (nats)")
+    right.set(xlabel="epoch", ylabel="top-1 accuracy (%)")
+    left.legend()
+    right.legend()
+    note_missing(session, fig, "centralized")
+    save_figure(session, fig, "01_curves", "Training, validation and test loss, and validation and "
+                "test accuracy, against the epoch")
+
+
+def draw_epochs(session: Session):
+    """Test accuracy of whole runs of 1, 2, 4 ... epochs: does a longer run still gain?"""
+    found = frames_or_note(session, "01_epochs", "centralized_epochs")
+    if found is None:
+        return
+    runs = found[0]
+    fig, ax = figure()
+    draw_line(ax, runs, "epochs", "test", 0, "test")
+    draw_line(ax, runs, "epochs", "val", 1, "validation")
+    ax.set(xscale="log", xlabel="epochs of the whole run (log scale)", ylabel="top-1 (%)")
+    ax.set_xticks(session.scale.epochs, [str(n) for n in session.scale.epochs])
+    ax.minorticks_off()
+    draw_start(ax, runs)
+    ax.legend()
+    save_figure(session, fig, "01_epochs", "Test and validation accuracy against the number of "
+                "epochs of the run")
+
+
+def draw_protocol(session: Session):
+    """Validation accuracy by augmentation and head, all weights and a tenth, over the start."""
+    found = frames_or_note(session, "02_protocol", "protocol")
+    if found is None:
+        return
+    runs = found[0].assign(gain=lambda r: r.val - r.start)
+    augmentations = ["none", "flip", "crop_flip"]
+    kinds = [kind for kind in ("dense", "least_sensitive") if kind in set(runs["weights trained"])]
+    fig, axes = figure(PAGE, 2.2, ncols=len(kinds), sharey=True, squeeze=False)
+    for ax, kind in zip(axes[0], kinds, strict=True):
+        part = runs[runs["weights trained"] == kind]
+        draw_points(ax, part, "augmentation", "gain", "head", augmentations,
+                    ["logistic", "lda", "ridge"])
+        ax.axhline(0, color="0.4", linestyle=":", linewidth=1)
+        ax.set_title(f"{words(kind)}" if kind == "dense" else "the least sensitive tenth")
+    axes[0, 0].set_ylabel("gain over the untrained start (points)")
+    axes[0, 0].legend(title="head")
+    save_figure(session, fig, "02_protocol", "Gain in validation accuracy over the untrained start, "
+                "by augmentation and head, for all weights and for a tenth")
+
+
+def draw_fedavg_curves(session: Session):
+    """Loss and accuracy by round for runs of several lengths; centralised training as a line."""
+    found = frames_or_note(session, "02_curves", "fedavg_iid")
+    if found is None:
+        return
+    history = found[1]
+    fig, (left, right) = figure(PAGE, 2.5, ncols=2)
+    for i, length in enumerate(history.rounds.unique()):
+        part = history[history.rounds == length]
+        draw_line(left, part, "round", "val_loss", i, f"validation, T = {length}")
+        draw_line(right, part, "round", "val_top1", i, f"T = {length}")
+    draw_line(left, history[history.rounds == history.rounds.max()], "round", "train_loss", 4,
+              "clients' own batches", every=True)
+    ceiling = centralized_accuracy(session)
+    if not math.isnan(ceiling):
+        right.axhline(ceiling, color="0.2", linestyle="--", linewidth=1, label="centralised")
+    left.set(xlabel="round", ylabel="cross-entropy (nats)")
+    right.set(xlabel="round", ylabel="validation top-1 (%)")
+    left.legend()
+    right.legend()
+    note_missing(session, fig, "fedavg_iid")
+    save_figure(session, fig, "02_curves", "Loss and validation accuracy of FedAvg with IID clients "
+                "against the round")
+
+
+def centralized_accuracy(session: Session, column: str = "val") -> float:
+    """Mean accuracy (%) of the stored centralised baseline; NaN without any."""
+    cfgs = section_runs("centralized", session)
+    results = [r for r in map(session.store.result, cfgs) if r]
+    return experiments.frames(results)[0][column].mean()
+
+
+def draw_norms(session: Session):
+    """Norm of the clients' task vectors and of their mean, by round."""
+    found = frames_or_note(session, "02_norms", "fedavg_iid")
+    if found is None:
+        return
+    history = found[1]
+    history = history[history.rounds == history.rounds.max()]
+    fig, ax = figure()
+    draw_line(ax, history, "round", "client_norm", 0, "clients (root mean square)", every=True)
+    draw_line(ax, history, "round", "mean_norm", 1, "their mean", every=True)
+    ax.set(xlabel="round", ylabel="norm of the task vector")
+    ax.legend()
+    save_figure(session, fig, "02_norms", "Norms of the clients' task vectors and of their mean")
+
+
+# ------------------------------------------------------------------ figures: notebook 3
+def draw_grid(session: Session):
+    """Test accuracy by sharding and number of local steps."""
+    found = frames_or_note(session, "03_grid", "grid")
+    if found is None:
+        return
+    runs = found[0]
+    shardings = [experiments.nc_label(nc) for nc in session.scale.shardings]
+    fig, ax = figure(PAGE, 2.4)
+    draw_points(ax, runs.assign(steps=runs.local_steps.map("J = {}".format)), "sharding", "test",
+                "steps", shardings, [f"J = {j}" for j in session.scale.local_steps])
+    ax.set_ylabel("test top-1 (%)")
+    widen(ax)
+    legend_above(fig, ax, 4)
+    note_missing(session, fig, "grid")
+    save_figure(session, fig, "03_grid", "Test accuracy for IID clients and for 50, 10, 5 and 1 "
+                "classes a client, with 4, 8 and 16 local steps")
+
+
+def draw_grid_curves(session: Session):
+    """Validation accuracy against local steps taken, so that cells of different J share an axis."""
+    found = frames_or_note(session, "03_curves", "grid")
+    if found is None:
+        return
+    history = found[1].assign(steps=lambda h: h["round"] * h.local_steps)
+    steps = session.scale.local_steps
+    order = [experiments.nc_label(nc) for nc in session.scale.shardings]
+    fig, axes = figure(PAGE, 2.5, ncols=len(steps), sharey=True, squeeze=False)
+    for ax, j in zip(axes[0], steps, strict=True):
+        draw_lines(ax, history[history.local_steps == j], "steps", "val_top1", "sharding", order)
+        ax.set(title=f"J = {j}", xlabel="local steps, J × round")
+    axes[0, 0].set_ylabel("validation top-1 (%)")
+    legend_above(fig, axes[0, 0], len(order))
+    note_missing(session, fig, "grid")
+    save_figure(session, fig, "03_curves", "Validation accuracy against local steps, a line a "
+                "sharding, a panel a number of local steps")
+
+
+def drift_of(session: Session) -> pd.DataFrame:
+    """Of each run of the grid: mean cosine of two clients, and norm of a task vector per rate.
+
+    With M clients, norms |t| and mean m, (M |m|^2 / mean |t|^2 - 1) / (M - 1) is the mean cosine
+    over pairs, weighted by their norms. Norms are divided by the round's rate, to which they are
+    about proportional.
+    """
+    history = section_frames("grid", session)[1].dropna(subset=["client_norm"])
+    history = history[history.lr_now > 0]
+    clients = utils.cohort_size(session.base.num_clients, session.base.participation)
+    ratio = (history.mean_norm / history.client_norm) ** 2
+    history = history.assign(cosine=(clients * ratio - 1) / (clients - 1),
+                             speed=history.client_norm / history.lr_now)
+    keys = ["sharding", "local_steps", "seed"]
+    return history.groupby(keys, sort=False)[["cosine", "speed"]].mean().reset_index()
+
+
+def draw_drift(session: Session):
+    """How far clients go, and how far they agree, by sharding and number of local steps."""
+    found = frames_or_note(session, "03_drift", "grid")
+    if found is None:
+        return
+    drift = drift_of(session)
+    drift = drift.assign(steps=drift.local_steps.map("J = {}".format))
+    shardings = [experiments.nc_label(nc) for nc in session.scale.shardings]
+    series = [f"J = {j}" for j in session.scale.local_steps]
+    fig, (left, right) = figure(PAGE, 2.4, ncols=2)
+    draw_points(left, drift, "sharding", "cosine", "steps", shardings, series)
+    draw_points(right, drift, "sharding", "speed", "steps", shardings, series)
+    left.set_ylabel("mean cosine of two clients")
+    right.set(ylabel="norm of a task vector / η", yscale="log")
+    legend_above(fig, left, 3)
+    note_missing(session, fig, "grid")
+    save_figure(session, fig, "03_drift", "Mean cosine between the task vectors of two clients, and "
+                "the norm of a task vector over the rate, by sharding and local steps")
+
+
+# ------------------------------------------------------------------ figures: notebook 4
+def mask_overlaps(session: Session) -> pd.DataFrame:
+    """Intersection over union of the masks of R calibration rounds, IID, seed 0; kept as a note."""
+    cells = SECTIONS["calibration"].cells(session)
+    first = experiments.nc_label(session.scale.sweep_shardings[0])
+    cfgs = {r: cells[first, r] for r in session.scale.calibration_rounds}
+    found = extension.overlaps(list(cfgs.values()), session.store)
+    names = [f"R = {r}" for r in cfgs]
+    return pd.DataFrame(found.get("iou"), names, names).round(2)
+
+
+def draw_composition(session: Session):
+    """The share of each kind of layer that the masks free, for those where it is at least 1 %."""
+    cells = SECTIONS["calibration"].cells(session)
+    rows = []
+    for (_, rounds), cfg in cells.items():
+        result = session.store.result(cfg)
+        if not result or "mask" not in result:
+            continue
+        for layer, (free, size) in result["mask"]["per_layer"].items():
+            rows.append(dict(layer=layer_words(layer), R=rounds, free=100 * free / size))
+    if not rows:
+        frames_or_note(session, "04_composition", "calibration")
+        return
+    frame = pd.DataFrame(rows).groupby(["layer", "R"], sort=False).free.mean().reset_index()
+    most = frame.groupby("layer").free.max().sort_values(ascending=False)
+    shown = list(most[most >= 1].index)
+
+    fig, ax = figure(PAGE, 0.9 + 0.2 * len(shown))
+    for i, rounds in enumerate(sorted(frame.R.unique())):
+        part = frame[(frame.R == rounds) & frame.layer.isin(shown)]
+        ax.plot(part.free, part.layer.map(shown.index), label=f"R = {rounds}",
+                **look(i) | {"linestyle": "none"})
+    ax.set_yticks(range(len(shown)), shown)
+    ax.invert_yaxis()
+    ax.set_xlabel("trainable share of the layer's weights (%)")
+    ax.legend(loc="lower right")
+    save_figure(session, fig, "04_composition", "Share of each kind of layer that may be trained: "
+                + ", ".join(f"{layer} {most[layer]:.0f} %" for layer in shown))
+    print(f"In the other {len(most) - len(shown)} kinds of layers less than 1 % is trainable.")
+
+
+def layer_words(layer: str) -> str:
+    """"attn.query.weight" as "attention query weight"."""
+    for short, long in (("attn", "attention"), ("fc1", "in"), ("fc2", "out"), ("mlp", "MLP"),
+                        ("proj", "projection"), ("patch_embed", "patch embedding")):
+        layer = layer.replace(short, long)
+    return layer.replace(".", " ").replace("_", " ")
+
+
+def draw_six_models(session: Session):
+    """Test accuracy of {centralised, IID, non-IID} x {dense, sparse}."""
+    found = frames_or_note(session, "04_six_models", "six_models")
+    if found is None:
+        return
+    runs = found[0]
+    fig, ax = figure()
+    draw_points(ax, runs, "data", "test", "weights trained", list(runs.data.unique()),
+                ["dense", "sparse"])
+    draw_start(ax, runs)
+    ax.set_ylabel("test top-1 (%)")
+    widen(ax)
+    ax.legend()
+    note_missing(session, fig, "six_models")
+    save_figure(session, fig, "04_six_models", "Test accuracy of centralised, IID and non-IID "
+                "training, of all weights and of the least sensitive tenth")
+
+
+def draw_sweep(session: Session, section: str, column: str, label: str, name: str):
+    """Test accuracy against sparsity or calibration rounds, a line a sharding."""
+    found = frames_or_note(session, name, section)
+    if found is None:
+        return
+    runs = found[0]
+    if column == "sparsity":
+        runs = runs.assign(sparsity=100 * (1 - runs.sparsity))
+    fig, ax = figure()
+    order = [experiments.nc_label(nc) for nc in session.scale.sweep_shardings]
+    draw_lines(ax, runs, column, "test", "sharding", order)
+    draw_start(ax, runs)
+    values = sorted(runs[column].unique())
+    ax.set(xscale="log", xlabel=label, ylabel="test top-1 (%)")
+    ax.set_xticks(values, [f"{v:g}" for v in values])
+    ax.minorticks_off()
+    widen(ax)
+    ax.legend()
+    note_missing(session, fig, section)
+    save_figure(session, fig, name, f"Test accuracy against {label}, a line a sharding")
+
+
+def draw_traffic(session: Session):
+    """Validation accuracy against what was sent so far, dense and sparse."""
+    found = frames_or_note(session, "04_traffic", "six_models")
+    if found is None:
+        return
+    history = found[1]
+    history = history[history.algorithm != "centralized"].sort_values("round")
+    sent = (history.bytes_up + history.bytes_down).fillna(0)
+    history = history.assign(GB=sent.groupby(history.run).cumsum() / 1e9)
+    history["model"] = history.data + ", " + history["weights trained"]
+    fig, ax = figure()
+    draw_lines(ax, history[history.GB > 0], "GB", "val_top1", "model")
+    ax.set(xscale="log", xlabel="sent up and down (GB, log scale)", ylabel="validation top-1 (%)")
+    ax.legend()
+    note_missing(session, fig, "six_models")
+    save_figure(session, fig, "04_traffic", "Validation accuracy against gigabytes sent, all "
+                "weights and a tenth")
+
+
+# ------------------------------------------------------------------ figures: notebook 5
+def draw_rules(session: Session):
+    """Test accuracy of every mask rule at its own rate, by sharding."""
+    found = frames_or_note(session, "05_rules", "rules")
+    if found is None:
+        return
+    runs = found[0]
+    shardings = [experiments.nc_label(nc) for nc in session.scale.rule_shardings]
+    fig, ax = figure(PAGE, 2.6)
+    draw_points(ax, runs, "sharding", "test", "rule", shardings, ["dense", *session.scale.rules])
+    draw_start(ax, runs)
+    ax.set_ylabel("test top-1 (%)")
+    widen(ax)
+    legend_above(fig, ax, 4)
+    note_missing(session, fig, "rules")
+    save_figure(session, fig, "05_rules", "Test accuracy of all weights and of six rules that free "
+                "a tenth of them, each at its own rate, by sharding")
+
+
+def draw_map(session: Session):
+    """Gain over the untrained start against the rate: for which rates does training help?"""
+    found = frames_or_note(session, "05_map", "rate_map")
+    if found is None:
+        return
+    runs = found[0].assign(gain=lambda r: r.val - r.start)
+    shardings = [experiments.nc_label(nc) for nc in session.scale.map_shardings]
+    order = [experiments.rule_label(rule) for rule in session.scale.map_rules]
+    fig, axes = figure(PAGE, 2.6, ncols=len(shardings), sharey=True, squeeze=False)
+    for ax, where in zip(axes[0], shardings, strict=True):
+        draw_lines(ax, runs[runs.sharding == where], "lr", "gain", "rule", order)
+        ax.axhline(0, color="0.4", linestyle=":", linewidth=1)
+        ax.set_title(words(where))
+        log_rates(ax)
+    # what collapses would leave no room for what gains
+    gains = runs.gain.dropna()
+    if len(gains):
+        axes[0, 0].set_ylim(max(gains.min() - 1, -12), gains.max() + 1)
+    axes[0, 0].set_ylabel("gain on validation (points)")
+    legend_above(fig, axes[0, 0], len(order))
+    save_figure(session, fig, "05_map", "Gain in validation accuracy over the untrained start "
+                "against the learning rate, a line a rule, a panel a sharding")
+
+
+def ranges_of(session: Session) -> pd.DataFrame:
+    """Of each rule and sharding: best gain (points), and the range of tried rates that gain."""
+    runs, _ = section_frames("rate_map", session)
+    runs = runs.assign(gain=runs.val - runs.start)
+    rows = {}
+    for key, part in runs.groupby(["rule", "sharding"], sort=False):
+        good = part[part.gain > 0].lr
+        row = dict(gain=part.gain.max(), lowest=good.min(), highest=good.max())
+        row["factor"] = good.max() / good.min() if len(good) else math.nan
+        rows[key] = row
+    columns = dict(gain="best gain (points)", lowest="lowest rate that gains",
+                   highest="highest rate that gains", factor="highest / lowest")
+    frame = pd.DataFrame.from_dict(rows, orient="index", columns=list(columns))
+    return frame.rename(columns=columns).round(4)
+
+
+def draw_speed_matched(session: Session):
+    """Rules at rates of equal speed beside rules at rates of their own."""
+    found = frames_or_note(session, "05_speed", "speed_matched")
+    if found is None:
+        return
+    matched = found[0].assign(at="rates of equal speed")
+    own = section_frames("rules", session)[0].assign(at="rates of their own")
+    runs = pd.concat([own, matched])
+    shardings = [experiments.nc_label(nc) for nc in session.scale.map_shardings]
+    fig, axes = figure(PAGE, 2.6, ncols=len(shardings), sharey=True, squeeze=False)
+    for ax, where in zip(axes[0], shardings, strict=True):
+        draw_points(ax, runs[runs.sharding == where], "rule", "test", "at",
+                    list(session.scale.rules), list(runs["at"].unique()))
+        ax.set_title(words(where))
+        ax.tick_params(axis="x", rotation=60)
+    axes[0, 0].set_ylabel("test top-1 (%)")
+    legend_above(fig, axes[0, 0], 2)
+    note_missing(session, fig, "speed_matched")
+    save_figure(session, fig, "05_speed", "Test accuracy of rules at rates proportional to one over "
+                "the Fisher mass they free, beside rates of their own")
+
+
+def draw_methods(session: Session):
+    """Test accuracy of server algorithms and merges, all weights and a tenth, by sharding."""
+    found = frames_or_note(session, "05_methods", "methods")
+    if found is None:
+        return
+    runs = found[0]
+    shardings = list(runs.sharding.unique())
+    methods = list(runs.method.unique())
+    fig, axes = figure(PAGE, 2.8, ncols=len(shardings), sharey=True, squeeze=False)
+    for ax, where in zip(axes[0], shardings, strict=True):
+        part = runs[runs.sharding == where]
+        draw_points(ax, part, "method", "test", "weights trained", methods, ["dense", "masked"])
+        draw_start(ax, part)
+        ax.set_title(words(where))
+        ax.tick_params(axis="x", rotation=60)
+    axes[0, 0].set_ylabel("test top-1 (%)")
+    widen(axes[0, 0])
+    legend_above(fig, axes[0, 0], 3)
+    note_missing(session, fig, "methods")
+    save_figure(session, fig, "05_methods", "Test accuracy of FedAvg, other server algorithms and "
+                "merges, on all weights and on a tenth")
+
+
+def diagnoses(session: Session) -> pd.DataFrame:
+    """How one cohort's task vectors get on at the start, by rule and sharding; kept as notes.
+
+    norm: of a client's vector; cosine: mean over pairs; agreement: share of the movement that
+    survives the sum, beside that of random signs; damage over gain: by how much the mean raises the
+    loss of other clients, over what it takes from that of its own.
+    """
+    rows = {}
+    for label, cfg in SECTIONS["rules"].cells(session).items():
+        found = extension.diagnose(cfg, session.store, at="start", images=500)
+        if not found:
+            continue
+        pairs = np.array(found["cosine"])[~np.eye(len(found["clients"]), dtype=bool)]
+        rows[label] = {
+            "norm": np.mean(found["norms"]), "cosine": pairs.mean(),
+            "agreement": found["weighted_agreement"], "random signs": found["weighted_floor"],
+            "damage over gain, one client": found["single"]["ratio"],
+            "damage over gain, mean": found["mean"]["ratio"]}
+    return pd.DataFrame.from_dict(rows, orient="index").round(3)
+
+
+def draw_interference(session: Session):
+    """What interference predicts: test accuracy over the start, against damage over gain."""
+    found = frames_or_note(session, "05_interference", "rules")
+    measured = diagnoses(session)
+    if found is None or measured.empty:
+        return
+    runs = found[0].assign(gain=lambda r: r.val - r.start)
+    gains = runs.groupby(["rule", "sharding"]).gain.mean()
+    fig, ax = figure()
+    shardings = [experiments.nc_label(nc) for nc in session.scale.rule_shardings]
+    for i, where in enumerate(shardings):
+        labels = [label for label in measured.index if label[1] == where and label in gains.index]
+        ratio = measured.loc[labels, "damage over gain, one client"].astype(float)
+        ax.plot(ratio, gains[labels], label=words(where), **look(i) | {"linestyle": "none"})
+    ax.set(xlabel="damage to others over gain, one client", ylabel="gain on validation (points)")
+    ax.legend()
+    save_figure(session, fig, "05_interference", "Gain in validation accuracy against the damage "
+                "that a client's task vector does to others over its own gain, a dot a rule")
+
+
+def consensus_table(session: Session) -> pd.DataFrame:
+    """Test accuracy by who calibrates, the overlap with the central mask, and what is sent.
+
+    The last row is the overlap of two central masks from disjoint images: its distance from 1 is
+    chance, and masks of clients are to be compared with it.
+    """
+    runs, _ = section_frames("consensus", session)
+    table = interval_table(runs, ["combined by", "share of clients"], "sharding")
+    cells = SECTIONS["consensus"].cells(session)
+    for nc in session.scale.skews:
+        where = experiments.nc_label(nc)
+        here = {label[:2]: cfg for label, cfg in cells.items() if label[2] == where}
+        found = extension.overlaps(list(here.values()), session.store)
+        if found:
+            overlaps = dict(zip(here, found["iou"][0], strict=True))
+            table[f"overlap with the central mask, {words(where)}"] = pd.Series(overlaps).round(2)
+    sent = {label[:2]: (session.store.result(cfg) or {}).get("mask", {}).get("bytes_up")
+            for label, cfg in cells.items()}
+    table["sent to calibrate (MB)"] = pd.Series(sent, dtype=float) / 1e6
+    return table.round(2)
+
+
+def noise_floor(session: Session) -> str:
+    """A sentence on the overlap of two central masks from disjoint images."""
+    cfg = next(iter(SECTIONS["consensus"].cells(session).values()))
+    found = extension.mask_noise_floor(cfg, session.store)
+    if not found:
+        return "The overlap of two central masks from disjoint images is not there yet."
+    return (f"Two central masks from disjoint sets of {cfg.calibration_images} images overlap by "
+            f"{found['iou']:.2f}: that much is chance.")
+
+
+def draw_unlearning(session: Session):
+    """Accuracy on a client's own classes and on all others as its task vector is subtracted."""
+    where = experiments.nc_label(session.scale.rule_shardings[-1])
+    cells = SECTIONS["rules"].cells(session)
+    fig, axes = figure(PAGE, 2.4, ncols=2, sharey=True)
+    for i, rule in enumerate(("dense", "least_sensitive", "random")):
+        found = measured(extension.unlearn, cells[rule, where], session)
+        for ax, part in zip(axes, ("own", "others"), strict=True):
+            if found:
+                accuracies = np.array(found[part], dtype=float)
+                ax.plot(found["alphas"], 100 * np.nanmean(accuracies, axis=0), label=words(rule),
+                        **look(i))
+    axes[0].set(title="the client's own classes", ylabel="validation top-1 (%)")
+    axes[1].set(title="all other classes")
+    for ax in axes:
+        ax.set_xlabel("α of w − α τ")
+    if axes[0].get_legend_handles_labels()[0]:
+        axes[0].legend()
+        save_figure(session, fig, "05_unlearning", "Accuracy on a client's own classes and on all "
+                    "others against how often its task vector is subtracted, by rule")
+
+
+def measured(measure: Callable[..., dict], cfg: Config, session: Session) -> dict:
+    """What an extension's measure finds at a run's last weights; {} where these are not stored."""
+    try:
+        return measure(cfg, session.store)
+    except ValueError as error:
+        print(f"Not there yet: {error}")
+        return {}
+
+
+# ------------------------------------------------------------------ one's own idea
+def own_cells(session: Session, ideas: dict[str, dict]) -> dict[tuple, Config]:
+    """{(idea, sharding): Config} for what each idea changes, such as {"rule": "mine"}, where the
+    methods are compared."""
+    cells = {}
+    for nc in session.scale.skews:
+        for name, changes in ideas.items():
+            cfg = replace(session.base, classes_per_client=nc, **changes)
+            cfg = experiments.with_steps(cfg, session.scale.sweep)
+            cells[name, experiments.nc_label(nc)] = experiments.at_own_rate(cfg, session)
+    return cells
+
+
+def train_own(session: Session, ideas: dict[str, dict]):
+    """Searches the rates of one's own ideas, where the preset searches at all, and trains them."""
+    live = Live()
+    if session.scale.searches:
+        experiments.search_rates(own_cells(session, ideas).values(), session, live)
+    cells = own_cells(session, ideas)
+    train_all([replace(cfg, seed=s) for s in session.seeds for cfg in cells.values()], session,
+              watch=live)
+    live.finish()
+
+
+def own_table(session: Session, ideas: dict[str, dict]) -> pd.DataFrame:
+    """Test accuracy of one's own ideas below the methods of the comparison."""
+    runs, _ = section_frames("methods", session)
+    method = runs.method + ", " + runs["weights trained"].map(words)
+    named = {}
+    for (name, _), cfg in own_cells(session, ideas).items():
+        named |= {run_name(replace(cfg, seed=s)): name for s in session.seeds}
+    cfgs = [replace(cfg, seed=s) for cfg in own_cells(session, ideas).values()
+            for s in session.seeds]
+    own, _ = gather(cfgs, session.store)
+    own = own.assign(method="yours: " + own.run.map(named))
+    return interval_table(pd.concat([runs.assign(method=method), own]), "method", "sharding")
+
+
+def press_stop(cfg: Config, history: Iterable[dict]):
+    """A `watch` that does what the stop button does, at the first evaluation after round 0."""
+    raise KeyboardInterrupt
+
+
+# ------------------------------------------------------------------ answers
+def versus(session: Session, section: str, a: tuple, b: tuple) -> Comparison:
+    """Test accuracy of one cell of a section less that of another, paired by seed."""
+    cells = SECTIONS[section].cells(session)
+    if a not in cells or b not in cells:
+        return experiments.NOTHING
+    runs = [[replace(cells[label], seed=s) for s in session.seeds] for label in (a, b)]
+    return experiments.compare(*runs, session.store)
+
+
+def against(found: Comparison, other: str) -> str:
+    """"1.2 points above <other> (95 % interval 0.4 to 2.0)", as far as the runs tell."""
+    if found.seeds == 0:
+        return f"at an accuracy not known yet against {other}"
+    interval = f"95 % interval {found.low:+.1f} to {found.high:+.1f}"
+    if found.seeds == 1:
+        interval += ", one seed"
+    if found.verdict == "higher":
+        return f"{found.difference:.1f} points above {other} ({interval})"
+    if found.verdict == "lower":
+        return f"{-found.difference:.1f} points below {other} ({interval})"
+    return f"neither above nor below {other}, as far as these runs tell ({interval})"
+
+
+def accuracy(session: Session, section: str, label: tuple, value: str = "test") -> str:
+    """"33.1 ± 0.4 %" of a cell, or that it is not there yet."""
+    cells = SECTIONS[section].cells(session)
+    cfgs = [replace(cells[label], seed=s) for s in session.seeds] if label in cells else []
+    results = [r for r in map(session.store.result, cfgs) if r]
+    mean, half = t_interval(experiments.frames(results)[0][value])
+    if math.isnan(mean):
+        return "a value that is not there yet"
+    return f"{mean:.1f} %" if math.isnan(half) else f"{mean:.1f} ± {half:.1f} %"
+
+
+def answer(session: Session, notebook: str, *sentences: str) -> Markdown:
+    """The sentences, then what they rest on and what is not there yet."""
+    names = [name for name, section in SECTIONS.items() if section.notebook == notebook]
+    wanted = [cfg for n in names for cfg in experiments._unlike(section_runs(n, session))]
+    missing = sum(session.store.result(cfg) is None for cfg in wanted)
+    base = session.base
+    rests = (f"Backbone {base.weights} at {base.image_size} px, data {base.dataset}, "
+             f"{len(session.seeds)} seed(s); ± and intervals are 95 % t intervals over seeds.")
+    if missing:
+        rests += f" {missing} of {len(wanted)} runs are not there yet."
+    if session.preset == "demo":
+        rests += " Preset *demo* shows that everything runs; its accuracies say nothing."
+    if base.dataset == "synthetic":
+        rests += " **The images are synthetic.**"
+    said = [sentence for sentence in sentences if sentence]
+    return Markdown("\n\n".join([*said, rests]))
+
+
+# ------------------------------------------------------------------ panel
+def panel_options() -> dict[str, list]:
+    """What the panel's menus offer; algorithms and rules are those registered by now."""
+    return {
+        "preset": list(PRESETS),
+        "algorithm": ["centralized", *ALGORITHMS],
+        "classes_per_client": [None, 50, 10, 5, 1],
+        "dirichlet_alpha": [None, 0.1, 0.3, 1.0],
+        "local_steps": [4, 8, 16],
+        "rule": [None, *RULES],
+        "sparsity": [0.5, 0.8, 0.9, 0.95, 0.99],
+        "calibration_rounds": [1, 2, 4, 8],
+        "calibration": ["central", "mean", "max", "vote"],
+        "schedule": ["cosine", "constant", "step", "warmup_cosine"],
+        "lr": [experiments.rate_of(rung) for rung in range(-8, 3)],
+        "num_rounds": range(1, 5001),
+        "num_epochs": range(1, 101),
+        "seed": range(1000),
+    }
+
+
+NONE = {"classes_per_client": "IID", "dirichlet_alpha": "none", "rule": "none (all weights)"}
+
+
+@dataclass
+class Panel:
+    """Controls that choose one run, and what is stored of it. Choosing never starts a run.
+
+    It reads the working copy alone, never the drive, and parses a result once.
+    """
+    session: Session
+    start: Config                       # of the first choice; fields without a control stay its own
+    options: dict[str, list]
+    controls: dict[str, widgets.Widget] = field(default_factory=dict)
+    sessions: dict[str, Session] = field(default_factory=dict)
+    status: widgets.HTML = field(default_factory=widgets.HTML)
+    picture: widgets.HTML = field(default_factory=widgets.HTML)
+    table: widgets.HTML = field(default_factory=widgets.HTML)
+    listed: tuple = ()                  # the runs in the table
+
+    def chosen(self) -> dict:
+        """The values of all controls, by field."""
+        found = {}
+        for name, control in self.controls.items():
+            values = self.options[name]
+            is_number = isinstance(values, range)
+            found[name] = control.value if is_number else values[control.index]
+        return found
+
+    @property
+    def cfg(self) -> Config:
+        """The chosen run; ValueError where the choice cannot be."""
+        values = self.chosen()
+        name = values.pop("preset")
+        if name == self.session.preset:
+            return replace(self.start, **values)
+        return preset(name, **values)
+
+    @property
+    def chosen_session(self) -> Session:
+        """Of the chosen preset. RuntimeError where it needs a GPU and there is none."""
+        name = self.chosen()["preset"]
+        if name == self.session.preset:
+            return self.session
+        if name not in self.sessions:
+            self.sessions[name] = other_session(self.session, name)
+        return self.sessions[name]
+
+    def update(self, change=None):
+        """Shows what is stored of the choice; a choice that cannot be is told, not raised."""
+        try:
+            cfg = self.cfg
+            session = self.chosen_session
+            self.tabulate(session)
+            text = f"{self.in_words(cfg)} — {status_of(cfg, session)}"
+            self.picture.value = picture_of(cfg, history_stored(cfg, session.store))
+        except (ValueError, RuntimeError) as error:
+            text = f"This cannot be run: {error}"
+            self.picture.value = ""
+        self.status.value = f'<div role="status">{html.escape(text)}</div>'
+
+    def in_words(self, cfg: Config) -> str:
+        said = [f"Data: {data_name(cfg)}"]
+        for name, control in self.controls.items():
+            value = control.value if isinstance(self.options[name], range) else control.label
+            said.append(f"{control.description}: {value}")
+        return " · ".join(said)
+
+    def tabulate(self, session: Session):
+        """Lists the stored runs, if they are others than those listed."""
+        results = session.store.results()
+        listed = session.preset, *results
+        if listed == self.listed:
+            return
+        self.listed = listed
+        runs, _ = experiments.frames(results.values())
+        names = [name for name in self.controls if name != "preset"]
+        columns = ["data", "sharding", *names, "start", "val", "test", "status"]
+        shown = runs[[n for n in columns if n not in ("classes_per_client", "dirichlet_alpha")]]
+        body = shown.rename(columns=words).to_html(
+            index=False, float_format="{:.4g}".format, na_rep="–", border=0)
+        self.table.value = (
+            '<div style="max-height:14em;overflow:auto" tabindex="0" role="region" '
+            f'aria-label="Stored runs">Stored runs: {len(runs)}{body}</div>')
+
+    def run(self, test: bool = True):
+        """Trains what is missing of the chosen run. Stop the cell at will; rerun it to go on."""
+        session = self.chosen_session
+        cfg = self.cfg
+        if cfg.dataset == "cifar100" and session.preset == "demo":
+            cfg = utils.or_synthetic(cfg)
+        live = Live()
+        train_all([cfg], session, test, live)
+        live.finish()
+        self.update()
+        print(status_of(cfg, session))
+
+    def _ipython_display_(self):
+        display(widgets.VBox([*self.controls.values(), self.status, self.picture, self.table]))
+
+
+def panel(session: Session, start: Config, *names: str) -> Panel:
+    """A `Panel` that begins with the run `start` and offers the fields `names`, and the preset."""
+    every = panel_options()
+    options = {}
+    for name in ("preset", *names):
+        if name not in every:
+            raise ValueError(f"the panel cannot offer {name!r}, only {list(every)}")
+        options[name] = every[name]
+    first = {name: getattr(start, name, session.preset) for name in options}
+    for name, value in first.items():
+        if value not in options[name]:
+            options[name] = [*options[name], value]  # the run's own, such as its learning rate
+
+    made = Panel(session, start, options)
+    for name, values in options.items():
+        made.controls[name] = control_of(name, values, first[name])
+        watched = "value" if isinstance(values, range) else "index"
+        made.controls[name].observe(made.update, watched)
+    made.update()
+    return made
+
+
+def control_of(name: str, values: list | range, first) -> widgets.Widget:
+    """A number field for a range, else a row of buttons, which the keyboard reaches everywhere."""
+    label = words(name)
+    label = label[0].upper() + label[1:]
+    style = {"description_width": "initial"}
+    if isinstance(values, range):
+        return widgets.BoundedIntText(value=first, min=values[0], max=values[-1],
+                                      description=label, style=style)
+    labels = [NONE[name] if value is None else words(value) for value in values]
+    return widgets.ToggleButtons(options=labels, index=values.index(first), description=label,
+                                 style=style | {"button_width": "auto"})
+
+
+def other_session(session: Session, name: str) -> Session:
+    """A session of another preset; opening it loads no data and lists no drive."""
+    if name == "demo":
+        store = Store(session.store.root / "demo", frozen=session.store.frozen)
+        return replace(session, preset=name, base=preset(name), store=store,
+                       figures=session.figures / "demo", figures_backup=None)
+    return open_session(name, session.seeds, workers=session.workers)
+
+
+def data_name(cfg: Config) -> str:
+    return "SYNTHETIC IMAGES" if cfg.dataset == "synthetic" else cfg.dataset
+
+
+def status_of(cfg: Config, session: Session) -> str:
+    """One line: what is stored of a run, and what is left to do with the time it takes."""
+    unit = "epochs" if cfg.centralized else "rounds"
+    result = session.store.result(cfg)
+    if result and result["status"] == "diverged":
+        return f"Diverged: {result['error']}"
+    if result:
+        scores = [f"validation {100 * last_accuracy(result):.1f} %"]
+        if "test" in result:
+            scores.append(f"test {100 * result['test']['top1']:.1f} %")
+        return f"{cfg.length} of {cfg.length} {unit} stored, nothing to run: {', '.join(scores)}"
+    done = rounds_stored(cfg, session.store)
+    speed, source = experiments.throughput(session.preset, session.store)
+    minutes = flop_left(cfg, session.store, True) / speed / 60
+    time_left = "less than a minute" if minutes < 1 else f"about {minutes:.0f} min"
+    return (f"{done} of {cfg.length} {unit} stored, will run {cfg.length - done}, {time_left} "
+            f"({source})")
