@@ -35,7 +35,7 @@ report: $(VENV)/installed  ## report/report.pdf from results/ and figures/; its 
 	else echo "report.pdf is left as it is: no latexmk, pdflatex or bibtex (texlive-latex-extra)"; fi
 
 bench: $(VENV)/extras  ## speed and memory as ratios, into benchmarks/results/
-	for script in round_cost against_naive scaling gpu against_flower; do \
+	for script in round_cost against_naive scaling sparse workers gpu against_flower; do \
 		$(PYTHON) benchmarks/$$script.py || exit 1; done
 
 test: $(VENV)/installed lint  ## on a CPU, without network; browser and Flower have their own

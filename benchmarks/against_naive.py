@@ -50,18 +50,27 @@ class Images:
 
 
 def plain_images(data: Data, size: int, augmented: bool = True) -> Images:
-    random = [transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip()]
-    steps = [*(random if augmented else ()), transforms.Resize(size), transforms.ToTensor(),
-             transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))]
-    return Images(data.images.permute(0, 2, 3, 1).cpu().numpy(), data.labels.tolist(),
-                  transforms.Compose(steps))
+    steps = [
+        transforms.Resize(size),
+        transforms.ToTensor(),
+        transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    ]
+    if augmented:
+        steps.insert(0, transforms.RandomHorizontalFlip())
+    arrays = data.images.permute(0, 2, 3, 1).cpu().numpy()
+    return Images(arrays, data.labels.tolist(), transforms.Compose(steps))
 
 
 def local_training(model, loader, cfg, lr: float) -> tuple[dict, float]:
-    opt = torch.optim.SGD(model.parameters(), lr=lr, momentum=cfg.momentum,
-                          weight_decay=cfg.weight_decay)
+    opt = torch.optim.SGD(
+        model.parameters(),
+        lr=lr,
+        momentum=cfg.momentum,
+        weight_decay=cfg.weight_decay,
+    )
     model.train()
-    losses, step = [], 0
+    losses = []
+    step = 0
     while step < cfg.local_steps:
         for images, labels in loader:
             if step == cfg.local_steps:
@@ -77,21 +86,23 @@ def local_training(model, loader, cfg, lr: float) -> tuple[dict, float]:
 
 
 def average(states: list[dict], sizes: list[int]) -> dict:
+    total = sum(sizes)
     mean = copy.deepcopy(states[0])
     for key in mean:
-        mean[key] = states[0][key] * (sizes[0] / sum(sizes))
+        mean[key] = states[0][key] * (sizes[0] / total)
         for state, n in zip(states[1:], sizes[1:], strict=True):
-            mean[key] += state[key] * (n / sum(sizes))
+            mean[key] += state[key] * (n / total)
     return mean
 
 
 def plain_round(model, images: Images, run: Run, t: int):
     """Trains the round's cohort client by client and leaves the average in `model`."""
-    cfg, states, sizes = run.cfg, [], []
+    cfg = run.cfg
+    lr = learning_rate(cfg, t / cfg.num_rounds)
+    states, sizes = [], []
     for k in cohort(cfg.num_clients, cfg.participation, "cohort", cfg.seed, t):
         loader = DataLoader(Subset(images, run.shards[k]), cfg.batch_size, shuffle=True)
-        weights, _ = local_training(copy.deepcopy(model), loader, cfg,
-                                    learning_rate(cfg, t / cfg.num_rounds))
+        weights, _ = local_training(copy.deepcopy(model), loader, cfg, lr)
         states.append(copy.deepcopy(weights))
         sizes.append(len(run.shards[k]))
     model.load_state_dict(average(states, sizes))
@@ -100,7 +111,8 @@ def plain_round(model, images: Images, run: Run, t: int):
 # ------------------------------------------------------------------ measurements
 def plain_side(run: Run):
     """The plain loop's round, ready to be timed."""
-    model, images = copy.deepcopy(run.model), plain_images(run.data, run.cfg.image_size)
+    model = copy.deepcopy(run.model)
+    images = plain_images(run.data, run.cfg.image_size)
     return lambda: plain_round(model, images, run, 0)
 
 
@@ -111,10 +123,11 @@ def time_of(cfg: Config, what: str, pairs: int) -> dict:
 
 
 def peak_of(cfg: Config) -> dict:
-    ours, plain = (child(__file__, "--side", side, "--config", as_text(cfg))["peak"]
-                   for side in ("ours", "plain"))
-    return dict(what="peak memory", **describe(cfg), unit="MB", ours=ours, plain=plain,
-                ratio=ours / plain)
+    found = {}
+    for side in ("ours", "plain"):
+        found[side] = child(__file__, "--side", side, "--config", as_text(cfg))["peak"]
+    ratio = found["ours"] / found["plain"]
+    return dict(what="peak memory", **describe(cfg), unit="MB", **found, ratio=ratio)
 
 
 def one_side(side: str, cfg: Config):

@@ -14,6 +14,7 @@ import tempfile
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,23 +24,25 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
+sys.path.insert(1, str(HERE.parent / "distributed"))
+
 import utils  # noqa: E402
-from notebooks.basics import from_rank_0  # noqa: E402
 from utils import (  # noqa: E402
     Config,
     Data,
+    Params,
     Run,
     State,
-    Store,
     cohort_size,
     device,
-    dump,
     federated_round,
     open_run,
-    ranks,
+    to_json,
 )
 
-BASE = Config(dataset="synthetic", num_clients=100, lr=0.01, num_rounds=1000, schedule="constant")
+# A random head: fitting one would take longer than what is measured.
+BASE = Config(dataset="synthetic", num_clients=100, lr=0.01, num_rounds=1000, schedule="constant",
+              head="train")
 MINI = replace(BASE, weights="mini", arch="mini", image_size=32, batch_size=32)
 VITS = replace(BASE, weights="none", arch="vits16")
 
@@ -64,30 +67,43 @@ def as_text(cfg: Config) -> str:
 
 def sized(quick: bool, cfg: Config, clients: int, cpu: dict, gpu: dict) -> Config:
     """`cfg` with a cohort of `clients` out of 100, and sizes that suit the machine."""
-    cfg = replace(cfg, participation=clients / cfg.num_clients,
-                  **(gpu if torch.cuda.is_available() else cpu))
-    return replace(cfg, batch_size=2, local_steps=min(1, cfg.local_steps)) if quick else cfg
+    sizes = gpu if torch.cuda.is_available() else cpu
+    cfg = replace(cfg, participation=clients / cfg.num_clients, **sizes)
+    if quick:
+        cfg = replace(cfg, batch_size=2, local_steps=min(1, cfg.local_steps))
+    return cfg
 
 
 def write_images(cfg: Config, folder: str) -> str:
     """A file with the run's images, so that no process has to make them."""
     path = f"{folder}/images.pt"
-    torch.save({k: v.cpu() if isinstance(v, torch.Tensor) else torch.from_numpy(v)
-                for k, v in vars(utils.load_data(cfg)).items()}, path)
+    tensors = {}
+    for name, value in vars(utils.load_data(cfg)).items():
+        tensors[name] = torch.as_tensor(value).cpu()
+    torch.save(tensors, path)
     return path
 
 
 def read_images(path: str) -> Data:
     found = torch.load(path, map_location=device())
-    return Data(**found | {k: found[k].cpu().numpy() for k in ("train", "val")})
+    for name in ("train", "val"):
+        found[name] = found[name].cpu().numpy()
+    return Data(**found)
 
 
-def start(cfg: Config, images: str = "") -> tuple[Run, State]:
-    """A run at its beginning, its model in training mode, nothing stored."""
+def start(cfg: Config, images: str = "", mask: Params | None = None,
+          skip_frozen: bool = True) -> tuple[Run, State]:
+    """A run at its beginning, its model in training mode, nothing stored.
+
+    A sparse run has a random head, and calibrates its mask unless one is given.
+    """
     if images:
         utils.load_data = lambda cfg: read_images(images)
-    with tempfile.TemporaryDirectory() as folder:
-        run, state = open_run(cfg, Store(Path(folder)))
+    head = None
+    if cfg.rule:
+        weights = utils.build_model(cfg).state_dict()
+        head = {n: weights[n] for n in utils.HEAD}
+    run, state = open_run(cfg, None, head, mask, skip_frozen)
     run.model.train()
     return run, state
 
@@ -111,8 +127,11 @@ def in_turns(pairs: int, **work) -> dict[str, np.ndarray]:
     """`seconds` (pairs, 2) of each function, one after the other, after a warm-up."""
     for f in work.values():
         f()
-    turns = [{name: seconds(f) for name, f in work.items()} for _ in range(pairs)]
-    return {name: np.array([turn[name] for turn in turns]) for name in work}
+    times = {name: [] for name in work}
+    for _ in range(pairs):
+        for name, f in work.items():
+            times[name].append(seconds(f))
+    return {name: np.array(found) for name, found in times.items()}
 
 
 def compare(times: dict, ours: str, other: str) -> dict:
@@ -120,12 +139,19 @@ def compare(times: dict, ours: str, other: str) -> dict:
 
     `cores` is the same ratio in processor time, which waiting for a busy machine does not touch.
     """
-    a, b = (np.reshape(times[k], (len(times[k]), -1)) for k in (ours, other))
-    low, middle, high = np.quantile(a[:, 0] / b[:, 0], (0.25, 0.5, 0.75)).tolist()
-    found = {"unit": "s", ours: float(np.median(a[:, 0])), other: float(np.median(b[:, 0])),
-             "ratio": middle, "q1": low, "q3": high, "pairs": len(a)}
-    on_cpu = a.shape[1] == 2 and not torch.cuda.is_available()
-    return found | (dict(cores=float(np.median(a[:, 1] / b[:, 1]))) if on_cpu else {})
+    pairs = len(times[ours])
+    a = np.reshape(times[ours], (pairs, -1))
+    b = np.reshape(times[other], (pairs, -1))
+    ratios = a / b
+    low, middle, high = np.quantile(ratios[:, 0], (0.25, 0.5, 0.75)).tolist()
+
+    found = {"unit": "s"}
+    found[ours] = float(np.median(a[:, 0]))
+    found[other] = float(np.median(b[:, 0]))
+    found |= dict(ratio=middle, q1=low, q3=high, pairs=pairs)
+    if a.shape[1] == 2 and not torch.cuda.is_available():
+        found["cores"] = float(np.median(ratios[:, 1]))
+    return found
 
 
 def forget_peak():
@@ -140,7 +166,9 @@ def peak() -> float:
     """MB held at most since `forget_peak`: of the GPU where there is one, else resident."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
-    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 2**10
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    kilobytes = re.search(r"VmHWM:\s+(\d+)", status)[1]
+    return int(kilobytes) / 2**10
 
 
 def child(*command: str, **environment: str) -> dict:
@@ -159,12 +187,14 @@ def resident(cfg: Config, images: str, processes: int):
     All cores in one process, or by torchrun shared out to several. They sleep in between.
     """
     threads = max(1, torch.get_num_threads() // processes)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone"]
+        command += ["--nproc-per-node", str(processes)]
+    env = os.environ | {"OMP_NUM_THREADS": str(threads)}
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(
-            [sys.executable, *(launcher if processes > 1 else []), __file__, as_text(cfg), images,
-             folder], stdout=log, stderr=log,
-            env=os.environ | {"OMP_NUM_THREADS": str(threads)})
+        command += [__file__, as_text(cfg), images, folder]
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=env)
 
         def one_round() -> float:
             answer = Path(folder, "answer")
@@ -193,33 +223,58 @@ def serve(cfg: Config, images: str, folder: Path):
         (folder / "go").unlink()
 
     run, state = start(cfg, images)
+    wait_for_turn, one_round, is_first = asked, federated_round, True
+    if torch.distributed.is_torchelastic_launched():
+        import torchrun
+        torchrun.init_process_group(cfg)
+        is_first = torch.distributed.get_rank() == 0
+        wait_for_turn = partial(torchrun.broadcast_object, asked)
+        one_round = partial(federated_round, train_cohort=torchrun.train_cohort)
     while True:
-        from_rank_0(asked)
-        took, _ = seconds(lambda: federated_round(run, state))
-        if ranks()[0] == 0:
-            (folder / "part").write_text(str(took))
+        wait_for_turn()
+        took, _ = seconds(lambda: one_round(run, state))
+        if is_first:
+            (folder / "part").write_text(str(took), encoding="utf-8")
             (folder / "part").rename(folder / "answer")
 
 
 # ------------------------------------------------------------------ reporting
+def proc_facts(file: str) -> dict:
+    """"name: value" lines of a file in /proc; nothing where there is none."""
+    path = Path("/proc") / file
+    if not path.exists():
+        return {}
+    text = path.read_text(encoding="utf-8")
+    return dict(re.findall(r"(?m)^([\w ]+?)\s*:\s+(.+)$", text))
+
+
 def machine() -> dict:
-    found = {}
-    if Path("/proc/cpuinfo").exists():
-        found = dict(re.findall(r"(?m)^(model name|MemTotal)\s*:\s+(.+)$", "".join(
-            Path(f"/proc/{f}").read_text() for f in ("cpuinfo", "meminfo"))))
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return dict(cpu=found.get("model name", platform.processor() or platform.machine()),
-                cores=os.cpu_count(), threads=torch.get_num_threads(),
-                ram_gb=round(int(found.get("MemTotal", "0 kB").split()[0]) / 2**20, 1), gpu=gpu,
-                torch=torch.__version__, python=platform.python_version(),
-                load=round(os.getloadavg()[0], 2))
+    kilobytes = proc_facts("meminfo").get("MemTotal", "0 kB").split()[0]
+    gpu = None
+    if torch.cuda.is_available():
+        gpu = torch.cuda.get_device_name()
+    return dict(
+        cpu=proc_facts("cpuinfo").get("model name", platform.machine()),
+        cores=os.cpu_count(),
+        threads=torch.get_num_threads(),
+        ram_gb=round(int(kilobytes) / 2**20, 1),
+        gpu=gpu,
+        torch=torch.__version__,
+        python=platform.python_version(),
+        load=round(os.getloadavg()[0], 2),
+    )
 
 
 def describe(cfg: Config) -> dict:
     """What a row of a table says of its workload."""
-    return dict(model="mini" if cfg.architecture == "mini" else "ViT-S/16", px=cfg.image_size,
-                B=cfg.batch_size, J=cfg.local_steps,
-                clients=cohort_size(cfg.num_clients, cfg.participation))
+    models = {"mini": "mini", "vits16": "ViT-S/16"}
+    return dict(
+        model=models[cfg.arch],
+        px=cfg.image_size,
+        B=cfg.batch_size,
+        J=cfg.local_steps,
+        clients=cohort_size(cfg.num_clients, cfg.participation),
+    )
 
 
 def report(script: str, args, rows: list[dict], **facts):
@@ -229,8 +284,9 @@ def report(script: str, args, rows: list[dict], **facts):
     table = pd.DataFrame(rows)
     print(table.to_string(index=False, na_rep="", float_format="{:.4g}".format))
     args.out.mkdir(parents=True, exist_ok=True)
+    facts["rows"] = rows
     kind = "gpu" if device().type == "cuda" else "cpu"
-    (args.out / f"{Path(script).stem}_{kind}.json").write_bytes(dump(facts | dict(rows=rows)))
+    (args.out / f"{Path(script).stem}_{kind}.json").write_bytes(to_json(facts))
 
 
 if __name__ == "__main__":  # what `resident` starts

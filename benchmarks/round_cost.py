@@ -12,7 +12,6 @@ A checkpoint's share is that of the time between two: a minute, or `eval_every` 
 """
 import tempfile
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,11 +24,12 @@ from utils import (
     Run,
     State,
     Store,
+    autocast,
     evaluate,
     federated_round,
     maskable,
-    precision,
-    prepare,
+    model_input,
+    precision_name,
     sensitivity,
 )
 
@@ -37,16 +37,22 @@ from utils import (
 # ------------------------------------------------------------------ floors
 def resident_batch(run: Run, size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Normalised floats at the model's image size, and labels."""
-    return prepare(run.data.images[:size], run.model).clone(), run.data.labels[:size]
+    images = model_input(run.data.images[:size], run.model)
+    return images.clone(), run.data.labels[:size]
 
 
 def compute_floor(run: Run, images, labels, steps: int) -> float:
     cfg = run.cfg
-    opt = torch.optim.SGD(run.trained.values(), cfg.lr, cfg.momentum, weight_decay=cfg.weight_decay,
-                          foreach=True)
-    context, loss_scale = precision(cfg)
+    opt = torch.optim.SGD(
+        run.trainable.values(),
+        cfg.lr,
+        cfg.momentum,
+        weight_decay=cfg.weight_decay,
+        foreach=True,
+    )
+    loss_scale = 1024 if precision_name(cfg, images.device) == "fp16" else 1
     for _ in range(steps):
-        with context:
+        with autocast(cfg, images.device):
             loss = F.cross_entropy(run.model(images), labels)
         opt.zero_grad()
         (loss * loss_scale).backward()
@@ -55,8 +61,7 @@ def compute_floor(run: Run, images, labels, steps: int) -> float:
 
 
 def forward_floor(run: Run, images, passes: int) -> float:
-    context, _ = precision(run.cfg)
-    with torch.inference_mode(), context:
+    with torch.inference_mode(), autocast(run.cfg, images.device):
         for _ in range(passes):
             logits = run.model(images)
     return logits[0, 0].item()
@@ -64,10 +69,11 @@ def forward_floor(run: Run, images, passes: int) -> float:
 
 def batch_gradients(run: Run, images, labels, chunk: int) -> list[torch.Tensor]:
     """Of the summed log-likelihood, by all maskable weights; the last chunk's."""
-    weights = [run.trained[n] for n in maskable(run.model)]
+    weights = [run.trainable[n] for n in maskable(run.model)]
     for i in range(0, len(images), chunk):
-        x = prepare(images[i:i + chunk], run.model)
-        loss = F.cross_entropy(run.model(x), labels[i:i + chunk], reduction="sum")
+        x = model_input(images[i:i + chunk], run.model)
+        y = labels[i:i + chunk]
+        loss = F.cross_entropy(run.model(x), y, reduction="sum")
         grads = torch.autograd.grad(loss, weights)
     return grads
 
@@ -78,105 +84,163 @@ def vmap_scores(run: Run, images, labels, chunk: int) -> dict:
     free = {n: fixed.pop(n) for n in maskable(run.model)}
 
     def loss(weights, x, y):
-        logits = torch.func.functional_call(run.model, fixed | weights, (x[None],))
+        every = fixed | weights
+        logits = torch.func.functional_call(run.model, every, (x[None],))
         return F.cross_entropy(logits, y[None])
 
-    gradients = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))
-    total = {n: torch.zeros_like(w, dtype=torch.float64) for n, w in free.items()}
+    gradient = torch.func.grad(loss)
+    gradients = torch.func.vmap(gradient, (None, 0, 0))
+    total = {}
+    for n, w in free.items():
+        total[n] = torch.zeros_like(w, dtype=torch.float64)
     with sdpa_kernel(SDPBackend.MATH):  # the one that vmap batches; another would cost it a loop
         for i in range(0, len(images), chunk):
-            x = prepare(images[i:i + chunk], run.model)
-            for n, g in gradients(free, x, labels[i:i + chunk]).items():
+            x = model_input(images[i:i + chunk], run.model)
+            y = labels[i:i + chunk]
+            found = gradients(free, x, y)
+            for n, g in found.items():
                 total[n] += g.square().sum(0)
     return total
 
 
 # ------------------------------------------------------------------ measurements
+def row_of(what: str, words: dict, times: dict, other: str) -> dict:
+    """A row of the table: ours over the other."""
+    return dict(what=what, **words, **compare(times, "ours", other))
+
+
 def round_row(run: Run, state: State, pairs: int) -> dict:
-    words, batch = describe(run.cfg), resident_batch(run, run.cfg.batch_size)
+    words = describe(run.cfg)
+    batch = resident_batch(run, run.cfg.batch_size)
     steps = words["clients"] * words["J"]
     run.load(state.params)
     run.model.train()
-    times = in_turns(pairs, ours=lambda: federated_round(run, state),
-                     floor=lambda: compute_floor(run, *batch, steps))
-    return dict(what="round", **words, **compare(times, "ours", "floor"))
+    times = in_turns(
+        pairs,
+        ours=lambda: federated_round(run, state),
+        floor=lambda: compute_floor(run, *batch, steps),
+    )
+    return row_of("round", words, times, "floor")
 
 
 def overhead_row(cfg: Config, pairs: int) -> dict:
     """A round without local steps, next to one copy of the weights per client."""
     run, state = start(replace(cfg, local_steps=0))
     words = describe(run.cfg)
-    times = in_turns(pairs, ours=lambda: federated_round(run, state),
-                     floor=lambda: [run.load(state.params) for _ in range(words["clients"])])
-    return dict(what="overhead", **words, **compare(times, "ours", "floor"))
+
+    def copies():
+        for _ in range(words["clients"]):
+            run.load(state.params)
+
+    times = in_turns(pairs, ours=lambda: federated_round(run, state), floor=copies)
+    return row_of("overhead", words, times, "floor")
 
 
 def evaluation_row(run: Run, state: State, pairs: int, passes: int, batch: int) -> dict:
-    images, labels = run.data.images[:passes * batch], run.data.labels[:passes * batch]
+    number = passes * batch
+    images = run.data.images[:number]
+    labels = run.data.labels[:number]
     x, _ = resident_batch(run, batch)
     run.load(state.params)
     run.model.eval()
-    context, _ = precision(run.cfg)
-    times = in_turns(pairs, floor=lambda: forward_floor(run, x, passes),
-                     ours=lambda: evaluate(run.model, images, labels, batch, context))
+    context = autocast(run.cfg, images.device)
+    times = in_turns(
+        pairs,
+        floor=lambda: forward_floor(run, x, passes),
+        ours=lambda: evaluate(run.model, images, labels, batch, context),
+    )
     words = describe(run.cfg) | dict(B=batch, J=None, clients=None)
-    return dict(what="evaluation", **words, **compare(times, "ours", "floor"))
+    return row_of("evaluation", words, times, "floor")
 
 
 def calibration_rows(run: Run, state: State, pairs: int, images: int, chunk: int) -> list[dict]:
-    x, y = run.data.images[:images], run.data.labels[:images]
+    x = run.data.images[:images]
+    y = run.data.labels[:images]
     run.load(state.params)
     run.model.eval()
     names = maskable(run.model)
-    times = in_turns(pairs, ours=lambda: sensitivity(run.model, x, y, chunk, names=names),
-                     floor=lambda: batch_gradients(run, x, y, chunk),
-                     vmap=lambda: vmap_scores(run, x, y, chunk))
+    times = in_turns(
+        pairs,
+        ours=lambda: sensitivity(run.model, x, y, chunk, names=names),
+        floor=lambda: batch_gradients(run, x, y, chunk),
+        vmap=lambda: vmap_scores(run, x, y, chunk),
+    )
     words = describe(run.cfg) | dict(B=chunk, J=None, clients=None)
-    return [dict(what="calibration", **words, **compare(times, "ours", "floor")),
-            dict(what="calibration, vmap", **words, **compare(times, "ours", "vmap"))]
+    return [row_of("calibration", words, times, "floor"),
+            row_of("calibration, vmap", words, times, "vmap")]
 
 
 def checkpoint_row(run: Run, state: State, round_seconds: float) -> dict:
     """With the best weights apart from the present ones, as large as FedAvg's ever is."""
-    state = replace(state, round=2, best_round=1, best={
-        n: w.clone() for n, w in state.params.items()})
+    best = {n: w.clone() for n, w in state.params.items()}
+    state = replace(state, round=2, best_round=1, best=best)
     with tempfile.TemporaryDirectory() as folder:
         store = Store(Path(folder))
-        took = min(seconds(lambda: store.save(run.cfg, state))[0] for _ in range(3))
+        tries = [seconds(lambda: store.save(run, state)) for _ in range(3)]
+    took = min(clock for clock, _ in tries)
     between = max(60 * store.minutes, run.cfg.eval_every * round_seconds)
-    return dict(what="checkpoint", **describe(run.cfg), unit="s", ours=took, floor=between,
-                ratio=took / between, pairs=3)
+    return dict(
+        what="checkpoint",
+        **describe(run.cfg),
+        unit="s",
+        ours=took,
+        floor=between,
+        ratio=took / between,
+        pairs=3,
+    )
 
 
-def rows_of(cfg: Config, args, passes: int, batch: int, images: int, chunk: int) -> list[dict]:
+def rows_of(cfg: Config, pairs: int, passes: int, sizes: dict) -> list[dict]:
+    """`sizes`: images in a batch of the evaluation, images to calibrate with, and their chunk."""
     run, state = start(cfg)
-    rows = [round_row(run, state, args.pairs),
-            evaluation_row(run, state, args.pairs, passes, batch)]
+    rows = [
+        round_row(run, state, pairs),
+        evaluation_row(run, state, pairs, passes, sizes["batch"]),
+    ]
+    images = sizes["images"]
     if images:
-        rows += calibration_rows(run, state, args.pairs, images, chunk)
-    return [*rows, checkpoint_row(run, state, rows[0]["ours"])]
+        rows += calibration_rows(run, state, pairs, images, sizes["chunk"])
+    rows.append(checkpoint_row(run, state, rows[0]["ours"]))
+    print(*rows, sep="\n", flush=True)  # it takes minutes: something to read on the way
+    return rows
+
+
+def plan_of(quick: bool) -> list[tuple[Config, dict]]:
+    """Runs, each with the sizes of `rows_of`; larger images take smaller batches on a CPU."""
+    full = dict(local_steps=4, batch_size=64)
+    if quick:
+        mini = sized(True, MINI, 2, full, full)
+        return [(mini, dict(batch=4, images=4, chunk=2))]
+    if torch.cuda.is_available():
+        sizes = dict(batch=500, images=256, chunk=32)
+        px = (64, 96, 224)
+        cfgs = [MINI, *(replace(VITS, image_size=size) for size in px)]
+        return [(sized(False, cfg, 10, full, full), sizes) for cfg in cfgs]
+
+    # (pixels, batch size, images in an evaluation's batch, images to calibrate with)
+    table = [(64, 16, 64, 16), (96, 8, 32, 0), (224, 4, 8, 0)]
+    mini = sized(False, MINI, 10, dict(local_steps=4), full)
+    plan = [(mini, dict(batch=500, images=64, chunk=8))]
+    for px, batch_size, batch, images in table:
+        cfg = replace(VITS, image_size=px)
+        cpu = dict(local_steps=4, batch_size=batch_size)
+        cfg = sized(False, cfg, 1, cpu, full)
+        sizes = dict(batch=batch, images=images, chunk=8)
+        plan.append((cfg, sizes))
+    return plan
 
 
 def main(args):
-    size, full = partial(sized, args.quick), dict(local_steps=4, batch_size=64)
-    on_gpu = torch.cuda.is_available()
-    passes = 8 if on_gpu else 2
-    plan = [(size(MINI, 10, dict(local_steps=4), full), (500, 64, 8)),
-            (size(replace(VITS, image_size=64), 1, full | dict(batch_size=16), full), (64, 16, 8)),
-            (size(replace(VITS, image_size=96), 1, full | dict(batch_size=8), full), (32, 0, 8)),
-            (size(replace(VITS, image_size=224), 1, full | dict(batch_size=4), full), (8, 0, 8))]
-    if args.quick:
-        plan = [(replace(plan[0][0], participation=0.02), (4, 4, 2))]
+    passes = 8 if torch.cuda.is_available() else 2
+    plan = plan_of(args.quick)
     rows = []
-    for cfg, (batch, images, chunk) in plan:
-        cfg = replace(cfg, participation=0.1) if on_gpu else cfg
-        batch, images, chunk = (500, 256, 32) if on_gpu and not args.quick else (
-            batch, images, chunk)
-        found = rows_of(cfg, args, passes, batch, images, chunk)
-        print(*found, sep="\n", flush=True)  # it takes minutes: something to read on the way
-        rows += found
-    rows.append(overhead_row(plan[0][0] if args.quick else replace(
-        VITS, image_size=64, participation=0.1), args.pairs))
+    for cfg, sizes in plan:
+        rows += rows_of(cfg, args.pairs, passes, sizes)
+    if args.quick:
+        last = plan[0][0]
+    else:
+        last = replace(VITS, image_size=64, participation=0.1)
+    rows.append(overhead_row(last, args.pairs))
     report(__file__, args, rows)
 
 

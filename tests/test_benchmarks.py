@@ -21,13 +21,14 @@ import common  # noqa: E402
 import gpu  # noqa: E402
 import round_cost  # noqa: E402
 import scaling  # noqa: E402
+import sparse  # noqa: E402
 
 
 @pytest.fixture
 def small(monkeypatch):
     """Runs of a tiny ViT on a few images, on their plain pixels."""
     make_small(monkeypatch)
-    monkeypatch.setattr(utils, "augment", lambda images, draw: images)
+    monkeypatch.setattr(utils, "augment", lambda images, draw, kind: images)
 
 
 def written(capsys, folder, script: str) -> dict:
@@ -73,6 +74,17 @@ def test_the_plain_loop_is_measured_with_processes_for_the_peaks(monkeypatch, ca
     assert [row["what"] for row in found["rows"]] == ["round", "round", "overhead", "peak memory"]
 
 
+def test_sparse_rounds_are_measured_next_to_the_dense_one(monkeypatch, capsys, tmp_path):
+    quick(monkeypatch, sparse, tmp_path)
+    rows = written(capsys, tmp_path, "sparse")["rows"]
+    assert [row["what"] for row in rows] == [
+        f"{what}, {name}" for what in ("round", "peak memory") for name in sparse.RULES]
+    skipped = {row["what"]: row["skipped"] for row in rows[:3]}
+    assert skipped["round, least_sensitive"] > 0.1
+    assert skipped["round, random"] == skipped["round, gradients of all"] == 0
+    assert all(row["ratio"] > 0 for row in rows)
+
+
 @pytest.mark.parametrize(("script", "says"), [("gpu", "no GPU"), ("against_flower", "pip install")])
 def test_what_is_missing_is_said_and_is_no_failure(monkeypatch, capsys, tmp_path, script, says):
     monkeypatch.setitem(sys.modules, "flwr", None)  # as if it were not installed
@@ -115,7 +127,7 @@ def test_the_floor_takes_the_steps_of_a_client(small):
     images, labels = round_cost.resident_batch(run, 6)
     round_cost.compute_floor(run, images, labels, 3)
     for n, w in after.params.items():
-        torch.testing.assert_close(run.trained[n].detach(), w, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(run.trainable[n].detach(), w, atol=1e-6, rtol=1e-5)
 
 
 def test_scores_by_vmap_are_the_sensitivity(small):
