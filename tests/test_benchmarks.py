@@ -52,6 +52,18 @@ def quick(monkeypatch, script, folder):
     script.main(common.options(script.__doc__))
 
 
+def here(monkeypatch, capsys, script):
+    """What the script has a child do is done in this process, whose imports have been made."""
+    def child(path, *command):
+        given = dict(zip(command[::2], command[1::2], strict=True))
+        side = given.pop("--side")
+        cfg = utils.Config(**json.loads(given.pop("--config")))
+        script.one_side(side, cfg, *given.values())
+        found = json.loads(capsys.readouterr().out.splitlines()[-1])
+        return dict(peak=max(1.0, found["peak"]))  # what was freed before may serve again
+    monkeypatch.setattr(script, "child", child)
+
+
 # ------------------------------------------------------------------ the scripts
 @pytest.mark.parametrize(("script", "whats"), [
     (round_cost, {"round", "evaluation", "calibration", "calibration, vmap", "checkpoint",
@@ -67,7 +79,8 @@ def test_a_script_writes_finite_ratios(monkeypatch, capsys, tmp_path, script, wh
     assert {row["what"] for row in found["rows"]} == whats
 
 
-def test_the_plain_loop_is_measured_with_processes_for_the_peaks(monkeypatch, capsys, tmp_path):
+def test_the_plain_loop_is_measured_and_its_peak(monkeypatch, capsys, tmp_path):
+    here(monkeypatch, capsys, against_naive)
     quick(monkeypatch, against_naive, tmp_path)
     found = written(capsys, tmp_path, "against_naive")
     check_rows(found)
@@ -75,15 +88,7 @@ def test_the_plain_loop_is_measured_with_processes_for_the_peaks(monkeypatch, ca
 
 
 def test_sparse_rounds_are_measured_next_to_the_dense_one(monkeypatch, capsys, tmp_path):
-    def child(script, *command):
-        """The child's work in this process, whose imports have been made."""
-        given = dict(zip(command[::2], command[1::2], strict=True))
-        cfg = utils.Config(**json.loads(given["--config"]))
-        sparse.one_side(given["--side"], cfg, given["--images"], given["--mask"])
-        found = json.loads(capsys.readouterr().out.splitlines()[-1])
-        return dict(peak=max(1.0, found["peak"]))  # what was freed before may serve again
-
-    monkeypatch.setattr(sparse, "child", child)
+    here(monkeypatch, capsys, sparse)
     monkeypatch.setattr(utils, "load_data", utils.load_data)  # a child replaces its own
     quick(monkeypatch, sparse, tmp_path)
     rows = written(capsys, tmp_path, "sparse")["rows"]
