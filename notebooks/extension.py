@@ -230,10 +230,10 @@ class SignElection(FedAvg):
         total = torch.zeros_like(elected)
         weight = torch.zeros_like(elected)
         for part, share in zip(weighted, shares, strict=True):
-            agrees = (part.sign() == elected) & (part != 0)
+            agrees = part.sign() == elected
             total += part * agrees
             weight += share * agrees
-        # Nobody agrees where nobody moved, or where the sum is exactly zero: 0 / 1.
+        # Where the sum is exactly zero and all moved, nobody agrees: 0 / 1.
         return total / weight.where(weight > 0, 1)
 
 

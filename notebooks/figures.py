@@ -23,16 +23,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import ipywidgets as widgets
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import safetensors
 import seaborn as sns
+import torch
 import torchvision
 from IPython import get_ipython
 from IPython.display import HTML, Markdown, display
 from matplotlib.figure import Figure
-
 
 import utils
 from notebooks import experiments, extension
@@ -118,8 +117,12 @@ STYLE = {
     "axes.edgecolor": "0.3", "grid.color": "0.9", "pdf.fonttype": 42, "legend.title_fontsize": 7,
     "figure.constrained_layout.use": True, "savefig.dpi": 200, "figure.dpi": 120}
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-DASHES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (3, 2, 1, 2)),
-          (0, (2, 1)))
+DASHES = (
+    "-", "--", "-.", ":",
+    (0, (6, 1, 1, 1, 1, 1)),
+    (0, (8, 2)),
+    (0, (3, 2, 1, 2)),
+    (0, (2, 1)))
 
 # What an identifier is called in figures and tables; others lose their underscores.
 WORDS = {
@@ -145,15 +148,31 @@ def words(name) -> str:
 def look(i: int) -> dict:
     """Colour, marker and dash of the i-th of several series, told apart in grey print as well."""
     colours = sns.color_palette("colorblind")
-    return dict(color=colours[i % len(colours)], marker=MARKERS[i % len(MARKERS)],
-                linestyle=DASHES[i % len(DASHES)])
+    return dict(
+        color=colours[i % len(colours)],
+        marker=MARKERS[i % len(MARKERS)],
+        linestyle=DASHES[i % len(DASHES)])
 
 
 def figure(width: float = COLUMN, height: float = 2.3, **grid):
-    """(figure, axes) of `width` x `height` inches in the one style; shown by `save_figure` alone."""
+    """(figure, axes) of `width` x `height` inches in the one style; `save_figure` shows it."""
     sns.set_theme("paper", "whitegrid", "colorblind", rc=STYLE)
     fig = Figure((width, height))
     return fig, fig.subplots(**grid)
+
+
+def panels(number: int, height: float):
+    """(figure, list of axes): a row of panels as wide as the page, with one y axis for all."""
+    fig, axes = figure(PAGE, height, ncols=number, sharey=True, squeeze=False)
+    return fig, list(axes[0])
+
+
+def nc_labels(shardings: Iterable[int | None]) -> list[str]:
+    return [experiments.nc_label(nc) for nc in shardings]
+
+
+def j_labels(steps: Iterable[int]) -> list[str]:
+    return [f"J = {j}" for j in steps]
 
 
 # ------------------------------------------------------------------ saving
@@ -217,8 +236,12 @@ def plan(session: Session, *names: str) -> pd.DataFrame:
         flop = sum(flop_left(cfg, session.store, section.test) for cfg in runs)
         searches, search_flop = searches_left(name, session)
         minutes = (flop + search_flop) / speed / session.workers / 60
-        rows.append(dict(section=name, runs=len(runs), stored=sum(done), searches_left=searches,
-                         minutes_left=round(minutes, 1)))
+        rows.append(dict(
+            section=name,
+            runs=len(runs),
+            stored=sum(done),
+            searches_left=searches,
+            minutes_left=round(minutes, 1)))
     frame = pd.DataFrame(rows).set_index("section").rename(index=lambda n: n.replace("_", " "))
     if len(names) > 1:
         frame.loc["all"] = frame.sum()
@@ -295,14 +318,13 @@ def train_sections(session: Session, *names: str):
 class Live:
     """The picture that grows while runs train; called with a run and its history.
 
-    Updated in place at every evaluation, though not more than about three times a second; where
-    there is no display, a line of text.
+    Updated in place at every evaluation, unless these come so fast that drawing would take more
+    than a tenth of the time; where there is no display, a line of text.
     """
-    seconds = 0.3  # between two pictures: drawing must not take longer than training
 
     def __init__(self):
         self.handle = None
-        self.drawn_at = -math.inf
+        self.next_at = -math.inf  # time of the next picture
         self.latest = None  # (run, history) that has not been drawn yet
 
     def __call__(self, cfg: Config, history: Iterable[dict]):
@@ -312,7 +334,7 @@ class Live:
             accuracy = 100 * row.get("val_top1", math.nan)
             print(f"{run_name(cfg)}: {row['round']} of {cfg.length}, validation {accuracy:.1f} %",
                   flush=True)
-        elif time.monotonic() - self.drawn_at >= self.seconds:
+        elif time.monotonic() >= self.next_at:
             self.draw()
 
     def finish(self):
@@ -321,13 +343,15 @@ class Live:
             self.draw()
 
     def draw(self):
+        began = time.monotonic()
         content = HTML(picture_of(*self.latest))
         if self.handle is None:
             self.handle = display(content, display_id=True)
         else:
             self.handle.update(content)
         self.latest = None
-        self.drawn_at = time.monotonic()
+        ended = time.monotonic()
+        self.next_at = ended + 10 * (ended - began)
 
 
 def has_display() -> bool:
@@ -342,12 +366,18 @@ def picture_of(cfg: Config, history: list[dict]) -> str:
         return ""
     unit = "epoch" if cfg.centralized else "round"
     fig, (left, right) = figure(PAGE, 1.9, ncols=2)
-    for i, (name, label) in enumerate((("train_loss", "training"), ("val_loss", "validation"))):
+    kinds = [("train_loss", "training"), ("val_loss", "validation")]
+    for i, (name, label) in enumerate(kinds):
         rows = [row for row in history if name in row]
-        left.plot([row["round"] for row in rows], [row[name] for row in rows], label=label,
-                  **look(i) | {"marker": ("", "o")[i]})
-    right.plot([row["round"] for row in evaluated], [100 * row["val_top1"] for row in evaluated],
-               **look(1))
+        at = [row["round"] for row in rows]
+        losses = [row[name] for row in rows]
+        style = look(i)
+        if name == "train_loss":
+            style["marker"] = ""  # there is one every round
+        left.plot(at, losses, label=label, **style)
+    rounds = [row["round"] for row in evaluated]
+    accuracies = [100 * row["val_top1"] for row in evaluated]
+    right.plot(rounds, accuracies, **look(1))
     left.set(ylabel="cross-entropy (nats)")
     right.set(ylabel="validation top-1 (%)")
     for ax in (left, right):
@@ -356,15 +386,17 @@ def picture_of(cfg: Config, history: list[dict]) -> str:
     left.legend()
     if cfg.dataset == "synthetic":
         mark_synthetic(fig)
-    said = ", ".join(f"{100 * r['val_top1']:.1f} % at {unit} {r['round']}" for r in evaluated)
     name = run_name(cfg)
-    image = as_image(png_of(fig), f"Validation accuracy of {name}: {said}", "44em")
-    return f"<div><b>{name}</b>, {unit} {history[-1]['round']} of {cfg.length}</div>{image}"
+    said = [f"{y:.1f} % at {unit} {x}" for x, y in zip(rounds, accuracies, strict=True)]
+    alt = f"Validation accuracy of {name}: {', '.join(said)}"
+    image = as_image(png_of(fig), alt, "44em")
+    now = history[-1]["round"]
+    return f"<div><b>{name}</b>, {unit} {now} of {cfg.length}</div>{image}"
 
 
 # ------------------------------------------------------------------ drawing
 def means_of(frame: pd.DataFrame, x: str, y: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(x, mean, half-width of the 95 % t interval over seeds) of y, at every x where there is one."""
+    """(x, mean, half-width of the 95 % t interval over seeds) of y, at every x that has one."""
     groups = frame.dropna(subset=[y]).groupby(x, sort=True)[y]
     found = [(at, *t_interval(values)) for at, values in groups]
     if not found:
@@ -380,29 +412,37 @@ def draw_line(ax, frame: pd.DataFrame, x: str, y: str, i: int, label: str, every
         return
     style = look(i)
     if not every:
-        ax.errorbar(at, mean, half, label=label, capsize=2, elinewidth=0.8, **style)
+        draw_bars(ax, at, mean, half, label, style)
         return
     ax.plot(at, mean, label=label, **style | {"marker": ""})
     ax.fill_between(at, mean - half, mean + half, color=style["color"], alpha=0.2, linewidth=0)
 
 
+def draw_bars(ax, at, mean, half, label: str, style: dict):
+    """Means with bars; single runs have none, in the key neither."""
+    if np.isnan(half).all():
+        half = None
+    ax.errorbar(at, mean, half, label=label, capsize=2, elinewidth=0.8, **style)
+
+
 def draw_lines(ax, frame: pd.DataFrame, x: str, y: str, by: str, order: Iterable = (), **options):
     """A line for each value of `by`, in the given order or that of appearance."""
     for i, value in enumerate(list(order) or frame[by].unique()):
-        draw_line(ax, frame[frame[by] == value], x, y, i, words(value), **options)
+        part = frame[frame[by] == value]
+        draw_line(ax, part, x, y, i, words(value), **options)
 
 
 def draw_points(ax, frame: pd.DataFrame, x: str, y: str, by: str, x_order: list, order: list):
     """Categories on x, side by side for each value of `by`: means with 95 % intervals."""
     width = 0.7 / max(1, len(order))
     for i, value in enumerate(order):
-        part = frame[frame[by] == value]
+        part = frame[(frame[by] == value) & frame[x].isin(x_order)]
         shift = (i - (len(order) - 1) / 2) * width
-        at, mean, half = means_of(part.assign(at=part[x].map(x_order.index)), "at", y)
+        part = part.assign(at=part[x].map(x_order.index))
+        at, mean, half = means_of(part, "at", y)
         if len(at):
             style = look(i) | {"linestyle": "none"}
-            ax.errorbar(at + shift, mean, half, label=words(value), capsize=2, elinewidth=0.8,
-                        **style)
+            draw_bars(ax, at + shift, mean, half, words(value), style)
     ax.set_xticks(range(len(x_order)), [words(name) for name in x_order])
     ax.set_xlim(-0.5, len(x_order) - 0.5)
     ax.grid(visible=False, axis="x")
@@ -464,17 +504,14 @@ def draw_images(session: Session):
     data = load_data(session.base)
     shown = data.images[data.train[:8]]
     seen = augment(shown, rng("epoch", 0), session.base.augmentation)
-    grid = torchvision.utils.make_grid(np_cat(shown, seen), nrow=8, padding=1, pad_value=255)
+    both = torch.cat([shown, seen]).cpu()
+    grid = torchvision.utils.make_grid(both, nrow=8, padding=1, pad_value=255)
     fig, ax = figure(PAGE, 1.8)
     ax.imshow(grid.permute(1, 2, 0))
     ax.set_axis_off()
     save_figure(session, fig, "01_images", "Eight training images above their augmented copies")
     print(f"{len(data.train)} training, {len(data.val)} validation, {len(data.test_labels)} test "
           "images")
-
-
-def np_cat(*images):
-    return utils.torch.cat(images).cpu()
 
 
 def draw_shards(session: Session, name: str, shardings: Iterable[dict]):
@@ -485,8 +522,8 @@ def draw_shards(session: Session, name: str, shardings: Iterable[dict]):
     data = load_data(session.base)
     labels = data.labels[data.train].cpu().numpy()
     cfgs = [replace(session.base, **sharding) for sharding in shardings]
-    fig, axes = figure(PAGE, 2.0, ncols=len(cfgs), sharey=True, squeeze=False)
-    for ax, cfg in zip(axes[0], cfgs, strict=True):
+    fig, axes = panels(len(cfgs), 2.0)
+    for ax, cfg in zip(axes, cfgs, strict=True):
         shards = shard(labels, cfg.num_clients, cfg.classes_per_client, cfg.seed,
                        cfg.dirichlet_alpha)
         counts = [np.bincount(labels[members], minlength=100) for members in shards]
@@ -494,7 +531,7 @@ def draw_shards(session: Session, name: str, shardings: Iterable[dict]):
                   interpolation="nearest")
         ax.set(title=words(experiments.sharding_label(cfg)), xlabel="class", xticks=[0, 50, 99])
         ax.grid(visible=False)
-    axes[0, 0].set_ylabel("client")
+    axes[0].set_ylabel("client")
     save_figure(session, fig, name, "Images of each class (columns) that each client (rows) holds; "
                 "darker is more, white is none")
 
@@ -516,16 +553,16 @@ def rates_of(section: str, session: Session) -> pd.DataFrame:
 
 def draw_searches(session: Session, name: str, sections: dict[str, str]):
     """Validation accuracy against the rate, a panel a section: {section: its label's column}."""
-    fig, axes = figure(PAGE, 2.3, ncols=len(sections), sharey=True, squeeze=False)
-    for ax, (section, column) in zip(axes[0], sections.items(), strict=True):
+    fig, axes = panels(len(sections), 2.3)
+    for ax, (section, column) in zip(axes, sections.items(), strict=True):
         tried = rates_of(section, session)
         draw_lines(ax, tried, "tried", "val", column)
         ax.set_title(words(column))
         log_rates(ax)
         if len(tried):
             ax.legend()
-    axes[0, 0].set_ylabel("validation top-1 (%)")
-    widen(axes[0, 0])
+    axes[0].set_ylabel("validation top-1 (%)")
+    widen(axes[0])
     save_figure(session, fig, name, "Validation accuracy against the learning rate, one line for "
                 "each value of " + ", ".join(map(words, sections.values())))
 
@@ -534,14 +571,14 @@ def draw_rates_of_grid(session: Session):
     """How wide the range of good rates is: accuracy against rate by sharding, a panel a J."""
     tried = rates_of("grid", session)
     steps = session.scale.local_steps
-    order = [experiments.nc_label(nc) for nc in session.scale.shardings]
-    fig, axes = figure(PAGE, 2.5, ncols=len(steps), sharey=True, squeeze=False)
-    for ax, j in zip(axes[0], steps, strict=True):
+    order = nc_labels(session.scale.shardings)
+    fig, axes = panels(len(steps), 2.5)
+    for ax, j in zip(axes, steps, strict=True):
         draw_lines(ax, tried[tried.local_steps == j], "tried", "val", "sharding", order)
         ax.set_title(f"J = {j}")
         log_rates(ax)
-    axes[0, 0].set_ylabel("validation top-1 (%)")
-    legend_above(fig, axes[0, 0], len(order))
+    axes[0].set_ylabel("validation top-1 (%)")
+    legend_above(fig, axes[0], len(order))
     save_figure(session, fig, "03_rates", "Validation accuracy against the learning rate, a line a "
                 "sharding, a panel a number of local steps")
 
@@ -553,16 +590,18 @@ def draw_centralized_curves(session: Session):
     if found is None:
         return
     history = found[1]
+    names = dict(train="training", val="validation", test="test, which chooses nothing")
     fig, (left, right) = figure(PAGE, 2.4, ncols=2)
-    for i, part in enumerate(("train", "val", "test")):
-        label = {"train": "training", "val": "validation", "test": "test, never chosen by"}[part]
+    for i, part in enumerate(names):
+        label = names[part]
         draw_line(left, history, "round", f"{part}_loss", i, label)
         if part != "train":
             draw_line(right, history, "round", f"{part}_top1", i, label)
     left.set(xlabel="epoch", ylabel="cross-entropy (nats)")
     right.set(xlabel="epoch", ylabel="top-1 accuracy (%)")
-    left.legend()
-    right.legend()
+    for ax in (left, right):
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.legend()
     note_missing(session, fig, "centralized")
     save_figure(session, fig, "01_curves", "Training, validation and test loss, and validation and "
                 "test accuracy, against the epoch")
@@ -594,17 +633,17 @@ def draw_protocol(session: Session):
     runs = found[0].assign(gain=lambda r: r.val - r.start)
     augmentations = ["none", "flip", "crop_flip"]
     kinds = [kind for kind in ("dense", "least_sensitive") if kind in set(runs["weights trained"])]
-    fig, axes = figure(PAGE, 2.2, ncols=len(kinds), sharey=True, squeeze=False)
-    for ax, kind in zip(axes[0], kinds, strict=True):
+    fig, axes = panels(len(kinds), 2.2)
+    for ax, kind in zip(axes, kinds, strict=True):
         part = runs[runs["weights trained"] == kind]
         draw_points(ax, part, "augmentation", "gain", "head", augmentations,
                     ["logistic", "lda", "ridge"])
         ax.axhline(0, color="0.4", linestyle=":", linewidth=1)
         ax.set_title(f"{words(kind)}" if kind == "dense" else "the least sensitive tenth")
-    axes[0, 0].set_ylabel("gain over the untrained start (points)")
-    axes[0, 0].legend(title="head")
-    save_figure(session, fig, "02_protocol", "Gain in validation accuracy over the untrained start, "
-                "by augmentation and head, for all weights and for a tenth")
+    axes[0].set_ylabel("gain over the untrained start (points)")
+    axes[0].legend(title="head")
+    save_figure(session, fig, "02_protocol", "Gain in validation accuracy over the untrained "
+                "start, by augmentation and head, for all weights and for a tenth")
 
 
 def draw_fedavg_curves(session: Session):
@@ -628,8 +667,8 @@ def draw_fedavg_curves(session: Session):
     left.legend()
     right.legend()
     note_missing(session, fig, "fedavg_iid")
-    save_figure(session, fig, "02_curves", "Loss and validation accuracy of FedAvg with IID clients "
-                "against the round")
+    save_figure(session, fig, "02_curves", "Loss and validation accuracy of FedAvg with IID "
+                "clients against the round")
 
 
 def centralized_accuracy(session: Session, column: str = "val") -> float:
@@ -661,10 +700,10 @@ def draw_grid(session: Session):
     if found is None:
         return
     runs = found[0]
-    shardings = [experiments.nc_label(nc) for nc in session.scale.shardings]
+    shardings = nc_labels(session.scale.shardings)
     fig, ax = figure(PAGE, 2.4)
-    draw_points(ax, runs.assign(steps=runs.local_steps.map("J = {}".format)), "sharding", "test",
-                "steps", shardings, [f"J = {j}" for j in session.scale.local_steps])
+    draw_points(ax, runs.assign(steps=j_labels(runs.local_steps)), "sharding", "test",
+                "steps", shardings, j_labels(session.scale.local_steps))
     ax.set_ylabel("test top-1 (%)")
     widen(ax)
     legend_above(fig, ax, 4)
@@ -680,13 +719,13 @@ def draw_grid_curves(session: Session):
         return
     history = found[1].assign(steps=lambda h: h["round"] * h.local_steps)
     steps = session.scale.local_steps
-    order = [experiments.nc_label(nc) for nc in session.scale.shardings]
-    fig, axes = figure(PAGE, 2.5, ncols=len(steps), sharey=True, squeeze=False)
-    for ax, j in zip(axes[0], steps, strict=True):
+    order = nc_labels(session.scale.shardings)
+    fig, axes = panels(len(steps), 2.5)
+    for ax, j in zip(axes, steps, strict=True):
         draw_lines(ax, history[history.local_steps == j], "steps", "val_top1", "sharding", order)
         ax.set(title=f"J = {j}", xlabel="local steps, J × round")
-    axes[0, 0].set_ylabel("validation top-1 (%)")
-    legend_above(fig, axes[0, 0], len(order))
+    axes[0].set_ylabel("validation top-1 (%)")
+    legend_above(fig, axes[0], len(order))
     note_missing(session, fig, "grid")
     save_figure(session, fig, "03_curves", "Validation accuracy against local steps, a line a "
                 "sharding, a panel a number of local steps")
@@ -715,9 +754,9 @@ def draw_drift(session: Session):
     if found is None:
         return
     drift = drift_of(session)
-    drift = drift.assign(steps=drift.local_steps.map("J = {}".format))
-    shardings = [experiments.nc_label(nc) for nc in session.scale.shardings]
-    series = [f"J = {j}" for j in session.scale.local_steps]
+    drift = drift.assign(steps=j_labels(drift.local_steps))
+    shardings = nc_labels(session.scale.shardings)
+    series = j_labels(session.scale.local_steps)
     fig, (left, right) = figure(PAGE, 2.4, ncols=2)
     draw_points(left, drift, "sharding", "cosine", "steps", shardings, series)
     draw_points(right, drift, "sharding", "speed", "steps", shardings, series)
@@ -725,8 +764,8 @@ def draw_drift(session: Session):
     right.set(ylabel="norm of a task vector / η", yscale="log")
     legend_above(fig, left, 3)
     note_missing(session, fig, "grid")
-    save_figure(session, fig, "03_drift", "Mean cosine between the task vectors of two clients, and "
-                "the norm of a task vector over the rate, by sharding and local steps")
+    save_figure(session, fig, "03_drift", "Mean cosine between the task vectors of two clients, "
+                "and the norm of a task vector over the rate, by sharding and local steps")
 
 
 # ------------------------------------------------------------------ figures: notebook 4
@@ -759,7 +798,7 @@ def draw_composition(session: Session):
 
     fig, ax = figure(PAGE, 0.9 + 0.2 * len(shown))
     for i, rounds in enumerate(sorted(frame.R.unique())):
-        part = frame[(frame.R == rounds) & frame.layer.isin(shown)]
+        part = frame[(rounds == frame.R) & frame.layer.isin(shown)]
         ax.plot(part.free, part.layer.map(shown.index), label=f"R = {rounds}",
                 **look(i) | {"linestyle": "none"})
     ax.set_yticks(range(len(shown)), shown)
@@ -806,7 +845,7 @@ def draw_sweep(session: Session, section: str, column: str, label: str, name: st
     if column == "sparsity":
         runs = runs.assign(sparsity=100 * (1 - runs.sparsity))
     fig, ax = figure()
-    order = [experiments.nc_label(nc) for nc in session.scale.sweep_shardings]
+    order = nc_labels(session.scale.sweep_shardings)
     draw_lines(ax, runs, column, "test", "sharding", order)
     draw_start(ax, runs)
     values = sorted(runs[column].unique())
@@ -845,7 +884,7 @@ def draw_rules(session: Session):
     if found is None:
         return
     runs = found[0]
-    shardings = [experiments.nc_label(nc) for nc in session.scale.rule_shardings]
+    shardings = nc_labels(session.scale.rule_shardings)
     fig, ax = figure(PAGE, 2.6)
     draw_points(ax, runs, "sharding", "test", "rule", shardings, ["dense", *session.scale.rules])
     draw_start(ax, runs)
@@ -863,10 +902,10 @@ def draw_map(session: Session):
     if found is None:
         return
     runs = found[0].assign(gain=lambda r: r.val - r.start)
-    shardings = [experiments.nc_label(nc) for nc in session.scale.map_shardings]
+    shardings = nc_labels(session.scale.map_shardings)
     order = [experiments.rule_label(rule) for rule in session.scale.map_rules]
-    fig, axes = figure(PAGE, 2.6, ncols=len(shardings), sharey=True, squeeze=False)
-    for ax, where in zip(axes[0], shardings, strict=True):
+    fig, axes = panels(len(shardings), 2.6)
+    for ax, where in zip(axes, shardings, strict=True):
         draw_lines(ax, runs[runs.sharding == where], "lr", "gain", "rule", order)
         ax.axhline(0, color="0.4", linestyle=":", linewidth=1)
         ax.set_title(words(where))
@@ -874,9 +913,9 @@ def draw_map(session: Session):
     # what collapses would leave no room for what gains
     gains = runs.gain.dropna()
     if len(gains):
-        axes[0, 0].set_ylim(max(gains.min() - 1, -12), gains.max() + 1)
-    axes[0, 0].set_ylabel("gain on validation (points)")
-    legend_above(fig, axes[0, 0], len(order))
+        axes[0].set_ylim(max(gains.min() - 1, -12), gains.max() + 1)
+    axes[0].set_ylabel("gain on validation (points)")
+    legend_above(fig, axes[0], len(order))
     save_figure(session, fig, "05_map", "Gain in validation accuracy over the untrained start "
                 "against the learning rate, a line a rule, a panel a sharding")
 
@@ -905,18 +944,18 @@ def draw_speed_matched(session: Session):
     matched = found[0].assign(at="rates of equal speed")
     own = section_frames("rules", session)[0].assign(at="rates of their own")
     runs = pd.concat([own, matched])
-    shardings = [experiments.nc_label(nc) for nc in session.scale.map_shardings]
-    fig, axes = figure(PAGE, 2.6, ncols=len(shardings), sharey=True, squeeze=False)
-    for ax, where in zip(axes[0], shardings, strict=True):
+    shardings = nc_labels(session.scale.map_shardings)
+    fig, axes = panels(len(shardings), 2.6)
+    for ax, where in zip(axes, shardings, strict=True):
         draw_points(ax, runs[runs.sharding == where], "rule", "test", "at",
                     list(session.scale.rules), list(runs["at"].unique()))
         ax.set_title(words(where))
         ax.tick_params(axis="x", rotation=60)
-    axes[0, 0].set_ylabel("test top-1 (%)")
-    legend_above(fig, axes[0, 0], 2)
+    axes[0].set_ylabel("test top-1 (%)")
+    legend_above(fig, axes[0], 2)
     note_missing(session, fig, "speed_matched")
-    save_figure(session, fig, "05_speed", "Test accuracy of rules at rates proportional to one over "
-                "the Fisher mass they free, beside rates of their own")
+    save_figure(session, fig, "05_speed", "Test accuracy of rules at rates proportional to one "
+                "over the Fisher mass they free, beside rates of their own")
 
 
 def draw_methods(session: Session):
@@ -927,16 +966,16 @@ def draw_methods(session: Session):
     runs = found[0]
     shardings = list(runs.sharding.unique())
     methods = list(runs.method.unique())
-    fig, axes = figure(PAGE, 2.8, ncols=len(shardings), sharey=True, squeeze=False)
-    for ax, where in zip(axes[0], shardings, strict=True):
+    fig, axes = panels(len(shardings), 2.8)
+    for ax, where in zip(axes, shardings, strict=True):
         part = runs[runs.sharding == where]
         draw_points(ax, part, "method", "test", "weights trained", methods, ["dense", "masked"])
         draw_start(ax, part)
         ax.set_title(words(where))
         ax.tick_params(axis="x", rotation=60)
-    axes[0, 0].set_ylabel("test top-1 (%)")
-    widen(axes[0, 0])
-    legend_above(fig, axes[0, 0], 3)
+    axes[0].set_ylabel("test top-1 (%)")
+    widen(axes[0])
+    legend_above(fig, axes[0], 3)
     note_missing(session, fig, "methods")
     save_figure(session, fig, "05_methods", "Test accuracy of FedAvg, other server algorithms and "
                 "merges, on all weights and on a tenth")
@@ -954,7 +993,8 @@ def diagnoses(session: Session) -> pd.DataFrame:
         found = extension.diagnose(cfg, session.store, at="start", images=500)
         if not found:
             continue
-        pairs = np.array(found["cosine"])[~np.eye(len(found["clients"]), dtype=bool)]
+        cosine = np.array(found["cosine"])
+        pairs = cosine[np.triu_indices(len(cosine), 1)]
         rows[label] = {
             "norm": np.mean(found["norms"]), "cosine": pairs.mean(),
             "agreement": found["weighted_agreement"], "random signs": found["weighted_floor"],
@@ -972,11 +1012,12 @@ def draw_interference(session: Session):
     runs = found[0].assign(gain=lambda r: r.val - r.start)
     gains = runs.groupby(["rule", "sharding"]).gain.mean()
     fig, ax = figure()
-    shardings = [experiments.nc_label(nc) for nc in session.scale.rule_shardings]
+    shardings = nc_labels(session.scale.rule_shardings)
     for i, where in enumerate(shardings):
         labels = [label for label in measured.index if label[1] == where and label in gains.index]
         ratio = measured.loc[labels, "damage over gain, one client"].astype(float)
-        ax.plot(ratio, gains[labels], label=words(where), **look(i) | {"linestyle": "none"})
+        style = look(i) | {"linestyle": "none"}
+        ax.plot(ratio, gains[labels], label=words(where), **style)
     ax.set(xlabel="damage to others over gain, one client", ylabel="gain on validation (points)")
     ax.legend()
     save_figure(session, fig, "05_interference", "Gain in validation accuracy against the damage "
@@ -999,9 +1040,12 @@ def consensus_table(session: Session) -> pd.DataFrame:
         if found:
             overlaps = dict(zip(here, found["iou"][0], strict=True))
             table[f"overlap with the central mask, {words(where)}"] = pd.Series(overlaps).round(2)
-    sent = {label[:2]: (session.store.result(cfg) or {}).get("mask", {}).get("bytes_up")
-            for label, cfg in cells.items()}
-    table["sent to calibrate (MB)"] = pd.Series(sent, dtype=float) / 1e6
+    megabytes = {}
+    for label, cfg in cells.items():
+        result = session.store.result(cfg)
+        if result and "mask" in result:
+            megabytes[label[:2]] = result["mask"]["bytes_up"] / 1e6
+    table["sent to calibrate (MB)"] = pd.Series(megabytes, dtype=float)
     return table.round(2)
 
 
@@ -1019,7 +1063,7 @@ def draw_unlearning(session: Session):
     """Accuracy on a client's own classes and on all others as its task vector is subtracted."""
     where = experiments.nc_label(session.scale.rule_shardings[-1])
     cells = SECTIONS["rules"].cells(session)
-    fig, axes = figure(PAGE, 2.4, ncols=2, sharey=True)
+    fig, axes = panels(2, 2.4)
     for i, rule in enumerate(("dense", "least_sensitive", "random")):
         found = measured(extension.unlearn, cells[rule, where], session)
         for ax, part in zip(axes, ("own", "others"), strict=True):
@@ -1121,7 +1165,9 @@ def accuracy(session: Session, section: str, label: tuple, value: str = "test") 
     mean, half = t_interval(experiments.frames(results)[0][value])
     if math.isnan(mean):
         return "a value that is not there yet"
-    return f"{mean:.1f} %" if math.isnan(half) else f"{mean:.1f} ± {half:.1f} %"
+    if math.isnan(half):
+        return f"{mean:.1f} %"
+    return f"{mean:.1f} ± {half:.1f} %"
 
 
 def answer(session: Session, notebook: str, *sentences: str) -> Markdown:
@@ -1326,5 +1372,5 @@ def status_of(cfg: Config, session: Session) -> str:
     speed, source = experiments.throughput(session.preset, session.store)
     minutes = flop_left(cfg, session.store, True) / speed / 60
     time_left = "less than a minute" if minutes < 1 else f"about {minutes:.0f} min"
-    return (f"{done} of {cfg.length} {unit} stored, will run {cfg.length - done}, {time_left} "
-            f"({source})")
+    left = cfg.length - done
+    return f"{done} of {cfg.length} {unit} stored, will run {left}, {time_left} ({source})"

@@ -83,7 +83,8 @@ def is_ours(path: Path) -> bool:
 def reload_edits():
     """Edits of the modules beside the notebooks count from the next cell on; utils.py's do not.
 
-    Its tables of algorithms and rules would lose what other modules and cells have registered.
+    Its tables of algorithms and rules would lose what other modules and cells have registered:
+    `figures.say_edited` tells to restart instead.
     """
     try:
         from IPython import get_ipython
@@ -96,18 +97,6 @@ def reload_edits():
     shell.run_line_magic("autoreload", "1")
     for name in ("experiments", "figures"):
         shell.run_line_magic("aimport", f"notebooks.{name}")
-    if say_edited not in shell.events.callbacks["pre_run_cell"]:
-        shell.events.register("pre_run_cell", say_edited)
-
-
-def say_edited(info=None):
-    """Says before each cell whether utils.py was edited after this kernel imported it."""
-    utils = sys.modules.get("utils")
-    if utils is None or not hasattr(utils, "CODE_SHA256"):
-        return
-    if utils.code_sha256() != utils.CODE_SHA256:
-        print("RESTART THE KERNEL: utils.py has been edited, and this kernel runs what it was. What "
-              "is stored, or half trained, is found again.")
 
 
 # ------------------------------------------------------------------ into the notebooks

@@ -1,6 +1,6 @@
 """Runs the notebooks headlessly: `make demo`, `make figures`.
 
-    python tests/run_notebooks.py [--preset NAME] [--out FOLDER] [--html FOLDER] [-p NAME VALUE] [names ...]
+    python tests/run_notebooks.py [--out FOLDER] [--html FOLDER] [-p NAME VALUE] [names ...]
 
 `-p HOURS 0.5` sets a parameter, in a cell of its own below the one tagged "parameters", as
 papermill does. With TRAIN=no in the environment nothing is trained: figures are drawn from what is

@@ -1,15 +1,14 @@
-"""The setup cell in Colab: a Drive that works, refuses, vanishes, is full, or delivers late.
+"""The setup cell, in a fresh process: which folder it finds, in Colab and elsewhere.
 
-`google.colab` is a stub; the cell is the notebooks' own. Whatever the Drive does, the result is the
-undisturbed one, bit for bit.
+`google.colab` is a stub; the cell is the notebooks' own, run in a folder of its own, with the
+project's files as they are but a utils.py that imports nothing. Then figures and results on the
+(stubbed) Drive after the local disk was wiped.
 """
-import errno
 import json
+import os
 import shutil
+import subprocess
 import sys
-import types
-import warnings
-from dataclasses import replace
 from pathlib import Path
 
 import nbformat
@@ -17,11 +16,32 @@ import pytest
 from helpers import CFG, make_small
 
 import utils
-from notebooks import store as store_module
-from utils import open_store, run_name, train
+from notebooks import experiments, figures, start
+from notebooks.experiments import open_session, run_name, train_all
 
-NOTEBOOKS = sorted(Path(utils.__file__).parent.glob("notebooks/0*.ipynb"))
-RUN = replace(CFG, num_rounds=6, eval_every=1)
+ROOT = Path(utils.__file__).parent
+NOTEBOOKS = sorted(ROOT.glob("notebooks/0*.ipynb"))
+OURS = 'def register_rule():\n    """Ours."""\nWHO = {who!r}\n'
+FOREIGN = "WHO = 'somebody else'\n"
+# Runs the cell as a kernel would, then says what a notebook would import.
+KERNEL = """
+import json, os, sys, types
+content, variables, mounts = json.loads(sys.argv[1])
+if mounts is not None:
+    def mount(at):
+        if not mounts:
+            raise ValueError("mount failed")
+    colab = types.ModuleType("google.colab")
+    colab.drive = types.SimpleNamespace(mount=mount)
+    sys.modules |= {"google": types.ModuleType("google"), "google.colab": colab}
+names = dict(variables)
+cell = open(sys.argv[2], encoding="utf-8").read().replace("/content", content)
+for _ in range(2):  # it may be run again
+    exec(cell, names)
+import utils
+from notebooks import experiments
+print(json.dumps(dict(utils=utils.__file__, who=utils.WHO, experiments=experiments.__file__)))
+"""
 
 
 def setup_cell(path: Path) -> str:
@@ -29,167 +49,178 @@ def setup_cell(path: Path) -> str:
     return next(c.source for c in cells if c.cell_type == "code")
 
 
+def put_project(folder: Path, who: str):
+    """What the setup cell looks for, with a utils.py that says whose it is."""
+    (folder / "notebooks").mkdir(parents=True)
+    shutil.copy(ROOT / "notebooks/start.py", folder / "notebooks")
+    (folder / "notebooks/experiments.py").write_text("")
+    (folder / "notebooks/figures.py").write_text("")
+    (folder / "utils.py").write_text(OURS.format(who=who))
+
+
 @pytest.fixture
-def colab(tmp_path, monkeypatch):
-    """Runs the setup cell as Colab would in /content; gives the cell's names."""
-    make_small(monkeypatch)
+def place(tmp_path):
+    """Runs the setup cell in a folder; `.remote` is a repository to clone from."""
     content = tmp_path / "content"
     content.mkdir()
-    monkeypatch.chdir(content)
-    monkeypatch.setattr(sys, "path", sys.path[:])  # which the cell adds to
-    monkeypatch.delenv("RESULTS_DIR", raising=False)
-    monkeypatch.delenv("TRAIN", raising=False)
-    drive = content / "drive"
+    cell = tmp_path / "cell.py"
+    cell.write_text(setup_cell(NOTEBOOKS[0]), encoding="utf-8")
 
-    def mount(at):
-        (drive / "MyDrive" / "fl-task-arithmetic").mkdir(parents=True, exist_ok=True)
-        # the project's folder on the Drive, as a user keeps it
-        shutil.copy(utils.__file__, drive / "MyDrive" / "fl-task-arithmetic" / "utils.py")
-
-    def start(mount=mount, notebook=NOTEBOOKS[2]):
-        stub = types.ModuleType("google.colab")
-        stub.drive = types.SimpleNamespace(mount=mount)
-        monkeypatch.setitem(sys.modules, "google", types.ModuleType("google"))
-        monkeypatch.setitem(sys.modules, "google.colab", stub)
-        names = {}
-        exec(setup_cell(notebook).replace("/content", str(content)), names)
-        return names
-    start.drive, start.folder = mount, drive / "MyDrive" / "fl-task-arithmetic"
-    return start
+    def run(folder=content, variables=None, drive=None, environment=None):
+        kept = {k: v for k, v in os.environ.items()
+                if k not in ("PYTHONPATH", "JPY_SESSION_NAME", "REPOSITORY", "DATA_DIR")}
+        given = json.dumps([str(content), variables or {}, drive])
+        return subprocess.run([sys.executable, "-c", KERNEL, given, str(cell)], cwd=folder,
+                              env=kept | (environment or {}), capture_output=True, text=True)
+    run.content = content
+    run.drive = content / "drive/MyDrive/fl-task-arithmetic"
+    run.remote = tmp_path / "remote"
+    return run
 
 
-@pytest.fixture
-def undisturbed(tmp_path, monkeypatch):
-    make_small(monkeypatch)
-    return train(RUN, utils.Store(tmp_path / "undisturbed"))
+def put_remote(folder: Path):
+    put_project(folder, "clone")
+    name = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], ["add", "."], [*name, "commit", "-q", "-m", "all"]):
+        subprocess.run(["git", *command], cwd=folder, check=True)
 
 
-def science(result: dict) -> dict:
-    """A result without what differs between any two sessions."""
-    return {k: v for k, v in result.items() if k not in ("seconds",)}
+def found(done) -> dict:
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
 
 
-def fresh_session(colab, monkeypatch):
-    """Colab gives a new machine: the local disk is empty, the Drive is as it was."""
-    shutil.rmtree("results", ignore_errors=True)
-    names = colab()
-    return open_store("full", names["DRIVE"])
+# ------------------------------------------------------------------ the cell
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_every_notebook_has_the_setup_cell_and_the_address_of_start_py(path):
+    assert setup_cell(path) == start.SETUP_CELL.format(address=start.REPOSITORY)
+    assert len(setup_cell(path).splitlines()) <= 15
+    assert "github.com" not in path.read_text(encoding="utf-8") or start.REPOSITORY
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-def test_every_notebook_has_the_same_setup_cell_and_it_may_be_repeated(colab, path):
-    assert setup_cell(path) == setup_cell(NOTEBOOKS[0])
-    first, second = colab(notebook=path), colab(notebook=path)
-    assert first["DRIVE"] == second["DRIVE"] == colab.folder
-    assert first["HOME"] == colab.folder  # utils.py was found there
+def test_the_parameters_cell_derives_nothing(path):
+    cells = nbformat.read(path, as_version=4).cells
+    (cell,) = [c for c in cells if "parameters" in c.metadata.get("tags", [])]
+    names = {}
+    exec(cell.source, {"os": os}, names)
+    assert list(names) == ["PRESET", "SEEDS", "HOURS", "WORKERS", "ON_CPU", "TENSORBOARD"]
+    assert all(value is None or isinstance(value, str | bool) for value in names.values())
 
 
-def test_with_a_drive_results_and_checkpoints_are_copied_there(colab, undisturbed):
-    store = open_store("full", colab()["DRIVE"])
-    assert science(train(RUN, store)) == science(undisturbed)
-    for root in (Path("results"), colab.folder / "results"):
-        assert json.loads((root / f"{run_name(RUN)}.json").read_text())["test"]
-        assert list((root / "checkpoints" / run_name(RUN)).glob("*.safetensors"))
+def test_notebooks_are_committed_without_outputs_and_in_short_cells():
+    for path in NOTEBOOKS:
+        for cell in nbformat.read(path, as_version=4).cells:
+            if cell.cell_type == "code":
+                assert not cell.outputs
+                assert len(cell.source.splitlines()) <= 15
 
 
-def test_a_refused_drive_is_a_loud_warning_and_local_storage(colab, undisturbed):
-    def refuse(at):
-        raise ValueError("mount failed: no authorisation")
-    with pytest.warns(UserWarning, match="NO DRIVE.*no authorisation"), \
-            pytest.MonkeyPatch.context() as patch:
-        patch.chdir(Path(utils.__file__).parent / "notebooks")  # utils.py lies above
-        names = colab(mount=refuse)
-    assert names["DRIVE"] is None
-    store = open_store("full", names["DRIVE"])
-    assert store.drive is None
-    assert store.root == Path(utils.__file__).parent / "results"
+# ------------------------------------------------------------------ which folder
+def test_the_projects_own_folder(place):
+    home = place.content / "project"
+    put_project(home, "mine")
+    done = place(home / "notebooks")
+    assert found(done)["who"] == "mine"
+    assert f"The project is {home}" in done.stdout
 
 
-def disturb(monkeypatch, at: int, action):
-    """Does `action` before round `at`."""
-    honest = utils.federated_round
-
-    def disturbed(run, state):
-        if state.round == at:
-            action()
-        return honest(run, state)
-    monkeypatch.setattr(utils, "federated_round", disturbed)
-
-
-def test_a_drive_that_vanishes_midway_is_caught_up_with(colab, undisturbed, monkeypatch):
-    store = open_store("full", colab()["DRIVE"])
-    store.minutes = 0
-    away = colab.folder.with_name("away")
-
-    def vanish():
-        colab.folder.rename(away)
-        colab.folder.write_text("Transport endpoint is not connected")  # nothing can be made here
-
-    def come_back():
-        colab.folder.unlink()
-        away.rename(colab.folder)
-    with monkeypatch.context() as patch, pytest.warns(UserWarning, match="only in .* for now"):
-        disturb(patch, 2, vanish)
-        disturb(patch, 4, come_back)
-        assert science(train(RUN, store)) == science(undisturbed)
-    names = {f.name for f in (colab.folder / "results").rglob("*") if f.is_file()}
-    assert names >= {f.name for f in Path("results").rglob("*.json")}
-    assert not store.late
-
-
-def test_a_drive_that_stays_away_loses_nothing(colab, undisturbed, monkeypatch):
-    store = open_store("full", colab()["DRIVE"])
-    store.minutes = 0
-    with monkeypatch.context() as patch, pytest.warns(UserWarning, match="only in .* for now"):
-        disturb(patch, 3, lambda: shutil.rmtree(colab.folder) or colab.folder.write_text("gone"))
-        assert science(train(RUN, store)) == science(undisturbed)
-    assert science(store.result(RUN)) == science(undisturbed)
-
-
-def test_a_full_drive_is_told_and_training_goes_on(colab, undisturbed, monkeypatch):
-    store, honest = open_store("full", colab()["DRIVE"]), store_module._replace
-
-    def full(path, content):
-        if colab.folder in Path(path).parents:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return honest(path, content)
-    with monkeypatch.context() as patch, pytest.warns(UserWarning, match="No space left"):
-        patch.setattr(store_module, "_replace", full)
-        assert science(train(RUN, store)) == science(undisturbed)
-    train(replace(RUN, seed=1, num_rounds=1), store)  # there is room again: the late ones follow
-    assert (colab.folder / "results" / f"{run_name(RUN)}.json").exists()
-
-
-@pytest.mark.parametrize("fault", ["truncated", "late", "empty"])
-def test_a_new_session_resumes_from_the_newest_checkpoint_that_verifies(
-        colab, undisturbed, monkeypatch, fault):
-    store = open_store("full", colab()["DRIVE"])
-    store.minutes = 0
-
-    def cut():
-        raise KeyboardInterrupt
-    with monkeypatch.context() as patch:
-        disturb(patch, 4, cut)
-        assert train(RUN, store)["status"] == "interrupted"
-    checkpoints = sorted((colab.folder / "results/checkpoints" / run_name(RUN)).glob("*"))
-    assert len(checkpoints) == 2
-    content = checkpoints[-1].read_bytes()
-    if fault == "late":
-        checkpoints[-1].unlink()  # the Drive's own copying had not got that far
+@pytest.mark.parametrize("told_by", ["vscode", "jupyter"])
+def test_a_kernel_that_starts_in_the_home_folder_finds_the_notebooks_own(place, told_by):
+    home = place.content / "project"
+    put_project(home, "mine")
+    notebook = str(home / "notebooks/03_noniid_grid.ipynb")
+    if told_by == "vscode":
+        done = place(variables={"__vsc_ipynb_file__": notebook})
     else:
-        checkpoints[-1].write_bytes(content[:len(content) // 2] if fault == "truncated" else b"")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        store = fresh_session(colab, monkeypatch)
-        begun = []
-        with monkeypatch.context() as patch:
-            disturb(patch, 3, lambda: begun.append(3))
-            assert science(train(RUN, store)) == science(undisturbed)
-    assert begun == [3]  # round 4 was lost with its checkpoint, and is done again
+        done = place(environment={"JPY_SESSION_NAME": notebook})
+    assert found(done)["who"] == "mine"
 
 
-def test_a_new_session_finds_a_finished_run_on_the_drive(colab, undisturbed, monkeypatch):
-    train(RUN, open_store("full", colab()["DRIVE"]))
-    store = fresh_session(colab, monkeypatch)
-    monkeypatch.setattr(utils, "open_run", lambda *a: pytest.fail("trained again"))
-    assert science(train(RUN, store)) == science(undisturbed)
+def test_a_checkout_at_hand_is_used_even_where_a_drive_has_another(place):
+    put_project(place.content / "project", "mine")
+    put_project(place.drive, "drive")
+    assert found(place(place.content / "project/notebooks", drive=True))["who"] == "mine"
+
+
+def test_a_whole_drive_folder(place):
+    put_project(place.drive, "drive")
+    done = place(drive=True)
+    assert found(done)["who"] == "drive"
+    assert str(place.drive) in found(done)["experiments"]
+
+
+def test_a_drive_folder_with_an_edited_utils_alone_lends_it_to_the_clone(place):
+    put_remote(place.remote)
+    place.drive.mkdir(parents=True)
+    (place.drive / "utils.py").write_text(OURS.format(who="edited on Drive"))
+    done = place(drive=True, environment={"REPOSITORY": str(place.remote)})
+    assert found(done)["who"] == "edited on Drive"
+    assert str(place.content / "clone") in found(done)["experiments"]
+    assert f"with {place.drive / 'utils.py'}" in done.stdout
+
+
+def test_a_foreign_utils_is_ignored_on_drive_and_in_the_working_folder(place):
+    put_remote(place.remote)
+    place.drive.mkdir(parents=True)
+    for folder in (place.drive, place.content):
+        (folder / "utils.py").write_text(FOREIGN)
+    done = place(drive=True, environment={"REPOSITORY": str(place.remote)})
+    assert found(done)["who"] == "clone"
+    assert (place.content / "utils.py").read_text() == FOREIGN
+
+
+def test_an_empty_place_without_an_address_says_what_to_do(place):
+    done = place(drive=True)
+    assert done.returncode != 0
+    assert "put its folder there, or set REPOSITORY" in done.stderr
+    assert not (place.content / "clone").exists()
+
+
+def test_an_empty_place_with_an_address_is_filled_by_a_clone_once(place):
+    put_remote(place.remote)
+    done = place(environment={"REPOSITORY": str(place.remote)})
+    assert found(done)["who"] == "clone"
+    (place.content / "clone/utils.py").write_text(OURS.format(who="edited in the clone"))
+    again = place(environment={"REPOSITORY": str(place.remote)})
+    assert found(again)["who"] == "edited in the clone"
+
+
+def test_a_refused_drive_is_said_loudly(place):
+    put_project(place.content / "project", "mine")
+    done = place(place.content / "project", drive=False)
+    assert found(done)["who"] == "mine"
+    assert "NO DRIVE" in done.stdout
+
+
+def test_the_address_and_the_badge_are_written_into_the_notebooks_and_taken_out(tmp_path):
+    for path in NOTEBOOKS:
+        shutil.copy(path, tmp_path)
+    start.write_setup(tmp_path, "https://github.com/us/ours")
+    text = (tmp_path / NOTEBOOKS[0].name).read_text(encoding="utf-8")
+    assert '\\"https://github.com/us/ours\\"' in text
+    assert f"github/us/ours/blob/main/notebooks/{NOTEBOOKS[0].name}" in text
+    start.write_setup(tmp_path, "")
+    for path in NOTEBOOKS:
+        assert (tmp_path / path.name).read_text() == path.read_text()
+
+
+# ------------------------------------------------------------------ what a Drive keeps
+def test_after_the_local_disk_was_wiped_runs_and_figures_are_on_the_drive(tmp_path, monkeypatch):
+    make_small(monkeypatch)
+    monkeypatch.setenv("DATA_DIR", str(tmp_path / "no data"))
+    monkeypatch.setenv("RESULTS_DIR", str(tmp_path / "local"))
+    monkeypatch.delenv("TRAIN", raising=False)
+    drive = tmp_path / "drive"
+    first = open_session("small", 1, drive, workers=1)
+    assert not train_all([CFG], first)
+    fig, _ = figures.figure()
+    figures.save_figure(first, fig, "a", "nothing")
+    shutil.rmtree(tmp_path / "local")
+
+    again = open_session("small", 1, drive, workers=1)
+    assert again.store.result(CFG)["test"]["top1"] >= 0
+    assert (drive / "results" / f"{run_name(CFG)}.npy").is_file()
+    assert (drive / "figures/a.png").read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setattr(experiments, "train", lambda *a, **k: pytest.fail("trained again"))
+    assert train_all([CFG], again) == []

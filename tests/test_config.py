@@ -18,7 +18,6 @@ from utils import (
     Config,
     FedAvg,
     load_data,
-    or_synthetic,
     preset,
     register_algorithm,
     register_rule,
@@ -108,8 +107,13 @@ def test_the_length_follows_the_algorithm():
 
 
 # ------------------------------------------------------------------ presets
-def test_presets_are_what_they_say(no_cifar):
-    """And pure: none of them looks at a data set."""
+@pytest.fixture
+def stored_cifar(tmp_path, monkeypatch):
+    (tmp_path / "cifar-100-python").mkdir()
+    monkeypatch.setenv("DATA_DIR", str(tmp_path))
+
+
+def test_presets_are_what_they_say(stored_cifar, recwarn):
     assert preset("full") == Config()
     assert preset("lite") == Config(image_size=96)
     for name in ("small", "demo"):
@@ -117,6 +121,7 @@ def test_presets_are_what_they_say(no_cifar):
         assert (c.weights, c.arch, c.image_size, c.dataset) == ("mini", "mini", 32, "cifar100")
     assert preset("demo").num_rounds < preset("small").num_rounds < Config().num_rounds
     assert preset("small", seed=3, lr=0.5) == replace(preset("small"), seed=3, lr=0.5)
+    assert not recwarn
 
 
 def test_an_unknown_preset_is_a_value_error_that_names_all():
@@ -124,9 +129,10 @@ def test_an_unknown_preset_is_a_value_error_that_names_all():
         preset("tiny")
 
 
-def test_without_cifar_a_demonstration_warns_and_takes_synthetic_images(no_cifar):
+def test_without_cifar_the_demo_warns_and_takes_synthetic_images(tmp_path, monkeypatch):
+    monkeypatch.setenv("DATA_DIR", str(tmp_path))
     with pytest.warns(UserWarning, match="SYNTHETIC"):
-        c = or_synthetic(preset("demo", seed=5))
+        c = preset("demo", seed=5)
     assert (c.dataset, c.seed, c.image_size) == ("synthetic", 5, 32)
     data = load_data(c)
     labels = data.labels.numpy()[data.train]
@@ -134,9 +140,9 @@ def test_without_cifar_a_demonstration_warns_and_takes_synthetic_images(no_cifar
         assert len(shard(labels, c.num_clients, nc, c.seed)) == 100
 
 
-def test_with_cifar_a_demonstration_takes_it_silently(fake_cifar, recwarn):
-    cfg = preset("demo")
-    assert or_synthetic(cfg) == cfg
+def test_whoever_asks_for_a_data_set_gets_no_other(tmp_path, monkeypatch, recwarn):
+    monkeypatch.setenv("DATA_DIR", str(tmp_path))
+    assert preset("demo", dataset="cifar100").dataset == "cifar100"
     assert not recwarn
 
 

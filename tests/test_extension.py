@@ -173,6 +173,8 @@ def test_ties_trims_each_vector_to_the_largest_fifth_of_what_it_moved():
     big = {"a": torch.tensor([5.0, 1, 1, 1]), "b": torch.tensor([1.0, 0, 0])}
     small = {"a": torch.tensor([0.0, 0, 0, 0]), "b": torch.tensor([0.1, 0.2, -0.3])}
     trim = extension.Ties(CFG).trim
+    half = {"a": torch.tensor([1.0, -2, 3, -4, 5, 0, 0, 0, 0, 0])}
+    assert (trim(half)["a"] != 0).sum() == 1  # a fifth of five, not of ten
     assert same(trim(big), {"a": torch.tensor([5.0, 0, 0, 0]), "b": torch.zeros(3)})
     assert same(trim(small), {"a": torch.zeros(4), "b": torch.tensor([0, 0, -0.3])})
     params, _ = server("ties", [big, small])

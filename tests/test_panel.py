@@ -1,77 +1,92 @@
 """The panel: chooses one run, tells what is stored of it, and starts nothing by itself."""
-import json
 from dataclasses import replace
-from types import SimpleNamespace
 
 import ipywidgets as widgets
 import pytest
 from helpers import CFG, make_small
 
 import utils
-from notebooks import display
-from utils import Store, describe, panel, plan, progress, run_name, train
+from notebooks import experiments, figures
+from notebooks.experiments import open_session
+from notebooks.figures import panel
+from utils import run_name
+
+NAMES = ("algorithm", "classes_per_client", "dirichlet_alpha", "local_steps", "rule", "seed")
+START = replace(CFG, local_steps=4, head="logistic")
 
 
 @pytest.fixture
-def small(tmp_path, monkeypatch):
-    """A panel's `make`, whose runs take a fraction of a second, in a store of its own."""
+def session(tmp_path, monkeypatch):
+    """Runs of a fraction of a second, in a store of their own."""
     make_small(monkeypatch)
     monkeypatch.setenv("RESULTS_DIR", str(tmp_path))
     monkeypatch.delenv("TRAIN", raising=False)
-    monkeypatch.setattr(display, "SPEED", {})
-
-    def make(name, **values):
-        return replace(CFG, lr=0.02 if name == "lite" else CFG.lr, **values)
-    return make
-
-
-OPTIONS = dict(classes_per_client=[None, 5, 2], local_steps=[1, 2], seed=range(0, 10))
+    made = open_session("small", 1, workers=1)
+    made.store.quiet = True
+    return made
 
 
 def shown(chosen) -> str:
     return chosen.status.value
 
 
-def test_it_begins_with_the_values_it_is_given(small):
-    chosen = panel(small, dict(preset="lite", classes_per_client=5, seed=3), **OPTIONS)
-    assert chosen.cfg == replace(CFG, lr=0.02, classes_per_client=5, local_steps=1, seed=3)
+def choose(chosen, name: str, value):
+    chosen.controls[name].index = chosen.options[name].index(value)
 
 
-def test_a_first_value_that_is_not_offered_is_refused(small):
-    with pytest.raises(ValueError, match="'local_steps': 7"):
-        panel(small, dict(local_steps=7), **OPTIONS)
-    with pytest.raises(ValueError, match="nonsense"):
-        panel(small, dict(nonsense=7), **OPTIONS)
+def test_it_begins_with_the_run_it_is_given(session):
+    start = replace(START, classes_per_client=5, lr=0.07, seed=3)
+    chosen = panel(session, start, *NAMES, "lr")
+    assert chosen.cfg == start  # also where the menu had no such rate
 
 
-def test_every_control_makes_its_field(small):
-    chosen = panel(small, {}, **OPTIONS)
-    assert chosen.cfg.classes_per_client is None
-    chosen.controls["classes_per_client"].index = 2
-    chosen.controls["local_steps"].index = 1
+def test_a_field_that_is_not_offered_is_refused(session):
+    with pytest.raises(ValueError, match="'nonsense'"):
+        panel(session, START, "nonsense")
+
+
+def test_every_control_makes_its_field(session):
+    chosen = panel(session, START, *NAMES)
+    choose(chosen, "classes_per_client", 5)
+    choose(chosen, "local_steps", 8)
+    choose(chosen, "rule", "random")
+    choose(chosen, "algorithm", "fedprox")
     chosen.controls["seed"].value = 4
-    assert chosen.cfg == replace(CFG, classes_per_client=2, local_steps=2, seed=4)
+    assert chosen.cfg == replace(START, classes_per_client=5, local_steps=8, rule="random",
+                                 algorithm="fedprox", seed=4)
 
 
-def test_choosing_starts_no_work(small, monkeypatch):
+def test_registered_rules_and_algorithms_are_offered(session, monkeypatch):
+    def mine(weights, fisher, draw):
+        return weights
+    monkeypatch.setitem(utils.RULES, "mine", utils.Rule(mine))
+    chosen = panel(session, START, *NAMES)
+    assert "mine" in chosen.options["rule"]
+    assert {"centralized", "fedavg", "scaffold"} <= set(chosen.options["algorithm"])
+    assert 0.3 in chosen.options["dirichlet_alpha"]
+
+
+def test_choosing_starts_no_work(session, monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("choosing started work")
-    for name in ("train", "open_run", "client_update"):
-        monkeypatch.setattr(display, name, refuse)
-    for name in ("load_data", "build_model", "train"):
+    for name in ("load_data", "build_model", "open_run", "train"):
         monkeypatch.setattr(utils, name, refuse)
-    chosen = panel(small, {}, **OPTIONS)
+    monkeypatch.setattr(experiments, "train", refuse)
+    monkeypatch.setattr(figures, "load_data", refuse)
+    chosen = panel(session, START, *NAMES)
     for i in range(3):
         chosen.controls["classes_per_client"].index = i
-    chosen.controls["preset"].index = 1
-    assert "0 of 4 rounds stored, will run 4, time not measured yet" in shown(chosen)
+    choose(chosen, "preset", "demo")
+    assert "rounds stored, will run" in shown(chosen)
 
 
-def test_the_status_follows_the_choice_and_is_announced(small):
-    chosen = panel(small, dict(local_steps=2), **OPTIONS)
-    assert shown(chosen).startswith('<div role="status">Preset: full · Classes per client, Nc: '
-                                    'IID · Local steps, J: 2 · Seed: 0 — 0 of 4 rounds stored')
-    result = train(chosen.cfg, chosen.store)
+def test_the_status_follows_the_choice_and_is_announced(session):
+    chosen = panel(session, START, *NAMES)
+    assert shown(chosen).startswith('<div role="status">Data: SYNTHETIC IMAGES · Preset: small')
+    assert "Classes a client, Nc: IID" in shown(chosen)
+    assert "0 of 4 rounds stored, will run 4" in shown(chosen)
+    chosen.run()
+    result = session.store.result(START)
     chosen.controls["seed"].value = 1
     assert "0 of 4" in shown(chosen)
     chosen.controls["seed"].value = 0
@@ -79,9 +94,9 @@ def test_the_status_follows_the_choice_and_is_announced(small):
     assert f"test {100 * result['test']['top1']:.1f} %" in shown(chosen)
 
 
-def test_half_a_run_is_told_with_the_time_that_is_left(small, monkeypatch):
-    chosen = panel(small, {}, **OPTIONS)
-    cfg, honest = chosen.cfg, utils.federated_round
+def test_running_stops_cleanly_and_goes_on(session, monkeypatch, capsys):
+    chosen = panel(session, START, *NAMES)
+    honest = utils.federated_round
 
     def stop_in_round_3(run, state):
         if state.round == 2:
@@ -89,124 +104,82 @@ def test_half_a_run_is_told_with_the_time_that_is_left(small, monkeypatch):
         return honest(run, state)
     monkeypatch.setattr(utils, "federated_round", stop_in_round_3)
     chosen.run()
-    assert progress(cfg, chosen.store)["round"] == 2
-    # 2 rounds of 3 clients of 1 step, at 60 s a step
-    display.SPEED[display.speed_key(cfg)] = 60.0
-    chosen.look()
-    assert "2 of 4 rounds stored, will run 2, about 6 min" in shown(chosen)
+    assert "Run this again" in capsys.readouterr().out
+    assert "2 of 4 rounds stored, will run 2" in shown(chosen)
     assert "at round 2" in chosen.picture.value
 
-
-def test_running_stops_cleanly_and_goes_on(small, monkeypatch, capsys):
-    chosen = panel(small, {}, **OPTIONS)
-    honest = utils.federated_round
-    monkeypatch.setattr(utils, "federated_round", lambda run, state: (
-        honest(run, state) if state.round < 2 else (_ for _ in ()).throw(KeyboardInterrupt)))
-    chosen.run()
-    assert "run this cell again" in capsys.readouterr().out
-    assert "2 of 4 rounds stored" in shown(chosen)
     monkeypatch.setattr(utils, "federated_round", honest)
     chosen.run()
     assert "nothing to run" in shown(chosen)
-    unbroken = train(chosen.cfg, Store(chosen.store.root / "other"))
-    assert unbroken["history"] == chosen.store.result(chosen.cfg)["history"]
+    unbroken = utils.train(START, utils.Store(session.store.root / "other", quiet=True))
+    assert unbroken["history"] == session.store.result(START)["history"]
 
 
-def test_the_stored_runs_are_listed(small):
-    chosen = panel(small, {}, **OPTIONS)
+def test_the_stored_runs_are_listed_and_synthetic_images_marked(session):
+    chosen = panel(session, START, *NAMES)
     assert "Stored runs: 0" in chosen.table.value
     chosen.run()
     assert "Stored runs: 1" in chosen.table.value
-    assert "Local steps, J" in chosen.table.value
-    assert "IID" in chosen.table.value
+    assert "local steps, J" in chosen.table.value
+    assert "SYNTHETIC" in chosen.table.value
 
 
-def test_stored_runs_of_this_hardware_tell_the_time(small):
-    chosen = panel(small, {}, **OPTIONS)
-    chosen.run()
-    result = chosen.store.result(chosen.cfg)
-    display.SPEED.clear()
-    panel(small, {}, **OPTIONS)
-    steps = 4 * 3 * 1  # rounds, clients, local steps
-    assert {
-        display.speed_key(chosen.cfg): pytest.approx(result["seconds"] / steps)} == display.SPEED
-    (path,) = chosen.store.root.glob("*.json")
-    path.write_text(json.dumps(result | {"hardware": "another machine"}))
-    display.SPEED.clear()
-    panel(small, {}, **OPTIONS)
-    assert display.SPEED == {}
+def test_a_click_opens_no_file_of_the_drive_and_parses_nothing_twice(
+        session, tmp_path, monkeypatch):
+    slow = utils.Store(session.store.root, tmp_path / "drive", quiet=True)
+    on_drive = replace(session, store=slow)
+    experiments.train_all([START], on_drive)
+    parsed = []
+    honest = utils._parse_result
+    monkeypatch.setattr(utils, "_parse_result", lambda path: parsed.append(path) or honest(path))
+    chosen = panel(on_drive, START, *NAMES)
+    drive_was = (tmp_path / "drive").rename(tmp_path / "gone")
+    parsed.clear()
+    for seed in (1, 2, 3):
+        chosen.controls["seed"].value = seed
+    assert parsed == []
+    assert "Stored runs: 1" in chosen.table.value
+    assert drive_was.is_dir()
 
 
-def test_an_impossible_choice_is_told_not_raised(small):
-    def make(name, **values):
-        raise ValueError("Nc=7 & <K>")
-    chosen = panel(make, {}, seed=range(3))
-    assert "This cannot be run: Nc=7 &amp; &lt;K&gt;" in shown(chosen)
+def test_a_preset_for_gpus_is_refused_without_one(session):
+    chosen = panel(session, START, *NAMES)
+    choose(chosen, "preset", "full")
+    assert "This cannot be run" in shown(chosen)
+    assert "T4 GPU" in shown(chosen)
+    with pytest.raises(RuntimeError, match="GPU"):
+        chosen.run()
 
 
-def test_a_diverged_run_says_why(small):
-    found = {"error": "not finite in round 3", "history": [], "status": "diverged"}
-    assert describe(CFG, found) == "Diverged: not finite in round 3"
+def test_an_impossible_choice_is_told_not_raised(session):
+    chosen = panel(session, START, *NAMES)
+    choose(chosen, "classes_per_client", 5)
+    choose(chosen, "dirichlet_alpha", 0.3)
+    assert "This cannot be run" in shown(chosen)
+    assert "two kinds of label skew" in shown(chosen)
+    choose(chosen, "dirichlet_alpha", None)
+    assert "will run" in shown(chosen)
 
 
-def test_a_damaged_checkpoint_is_no_obstacle_to_looking(small):
-    chosen = panel(small, {}, **OPTIONS)
-    train(chosen.cfg, chosen.store)
-    (path,) = (chosen.store.root / f"{run_name(chosen.cfg)}.json",)
-    path.unlink()
-    for file in (chosen.store.root / "checkpoints" / run_name(chosen.cfg)).glob("*"):
-        file.write_bytes(file.read_bytes()[:50])
-    chosen.look()
-    assert "0 of 4 rounds stored" in shown(chosen)
+def test_a_diverged_run_says_why(session, monkeypatch):
+    stored = {"status": "diverged", "error": "not finite in round 3"}
+    monkeypatch.setattr(utils.Store, "result", lambda store, cfg: stored)
+    assert figures.status_of(START, session) == "Diverged: not finite in round 3"
 
 
-def test_controls_have_labels_and_the_picture_alternative_text(small):
-    chosen = panel(small, dict(local_steps=2), **OPTIONS)
-    assert all(c.description for c in chosen.controls.values())
+def test_a_damaged_checkpoint_is_no_obstacle_to_looking(session):
+    chosen = panel(session, START, *NAMES)
+    folder = session.store.root / "checkpoints" / run_name(START)
+    folder.mkdir(parents=True)
+    (folder / "0000002_abc.safetensors").write_bytes(b"not tensors")
+    chosen.update()
+    assert "2 of 4 rounds stored" in shown(chosen)
     assert chosen.picture.value == ""
-    chosen.run()
-    assert 'alt="Validation accuracy of fedavg_iid' in chosen.picture.value
 
 
-def test_only_what_every_ipywidgets_has(small):
-    """Colab has ipywidgets 7.7.1: menus, number fields, HTML and boxes, and plain arguments."""
-    chosen = panel(small, {}, **OPTIONS)
+def test_only_what_every_ipywidgets_has(session):
+    """Colab has ipywidgets 7.7.1: buttons, number fields, HTML and boxes, and plain arguments."""
+    chosen = panel(session, START, *NAMES)
     kinds = {type(c) for c in chosen.controls.values()}
     assert kinds <= {widgets.ToggleButtons, widgets.BoundedIntText}
-
-
-# ------------------------------------------------------------------ plans
-def test_a_plan_counts_epochs_steps(small, monkeypatch, capsys):
-    cfg = replace(CFG, algorithm="centralized", val_fraction=0.25, batch_size=8)
-    display.SPEED[display.speed_key(cfg)] = 2.0
-    frame = plan([cfg], Store())
-    steps = 100 * 90 / 8  # 100 classes of 120 images, a quarter held out: 9000 images, B = 8
-    assert frame.minutes_left[0] == pytest.approx(4 * steps * 2.0 / 60)
-
-
-def test_a_plan_says_what_the_finished_runs_will_take(small, capsys, monkeypatch):
-    monkeypatch.setattr(display, "size_of", lambda arch: (1_000_000, 800_000))
-    display.SPEED[display.speed_key(CFG)] = 1.0
-    sparse = replace(CFG, rule="random", sparsity=0.75)
-    plan([CFG, sparse, replace(sparse, seed=1)], Store())
-    # 4 bytes of 1,000,000 weights, and twice of a quarter of 800,000
-    assert "take 0.01 GB" in capsys.readouterr().out
-    assert [display.kept_bytes(c) for c in (CFG, sparse)] == [4_000_000, 800_000]
-
-
-def test_the_size_of_dinos_vit_is_the_papers():
-    assert display.size_of("vits16")[1] == 21_589_632
-
-
-def test_a_plan_says_how_much_of_the_gpus_memory_is_needed(small, capsys, monkeypatch):
-    display.SPEED[display.speed_key(CFG)] = 1.0
-    plan([CFG], Store())
-    assert "GPU" not in capsys.readouterr().out
-    for name, value in dict(is_available=True, max_memory_allocated=2.5e9,
-                            get_device_name="T4").items():
-        monkeypatch.setattr(display.torch.cuda, name, lambda value=value: value)
-    monkeypatch.setattr(display.torch.cuda, "get_device_properties",
-                        lambda i: SimpleNamespace(total_memory=16e9))
-    display.SPEED[display.speed_key(CFG)] = 1.0
-    plan([CFG], Store())
-    assert "So far 2.5 of the GPU's 16.0 GB were needed" in capsys.readouterr().out
+    assert all(c.description for c in chosen.controls.values())

@@ -31,9 +31,8 @@ import utils
 assert pathlib.Path(utils.__file__).parent == pathlib.Path.cwd()
 assert not {"ipywidgets", "matplotlib", "pandas", "seaborn", "IPython"} & set(sys.modules)
 
-cfg = utils.or_synthetic(utils.preset(
-    "demo", weights="none", head="train", num_rounds=2, eval_every=1, num_clients=50,
-    eval_images=50, local_steps=1, batch_size=4))
+cfg = utils.preset("demo", weights="none", head="train", num_rounds=2, eval_every=1,
+                   num_clients=50, eval_images=50, local_steps=1, batch_size=4)
 assert cfg.dataset == "synthetic"
 
 def stop(run, state):

@@ -1,0 +1,271 @@
+"""What notebooks are made of: figures, tables, plans, the growing picture, parts of sentences."""
+import io
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import run_notebooks
+from helpers import CFG, make_small
+from PIL import Image
+
+import utils
+from notebooks import experiments, figures
+from notebooks.experiments import SECTIONS, Comparison, open_session, section_runs
+from utils import preset, run_key, run_name
+
+
+@pytest.fixture
+def session(tmp_path, monkeypatch):
+    """The demo's, with two seeds and an empty store; nothing is loaded or trained."""
+    monkeypatch.setattr(utils, "or_synthetic", lambda cfg: cfg)
+    monkeypatch.setattr(experiments, "preset", lambda name: preset(name, dataset="cifar100"))
+    monkeypatch.setenv("RESULTS_DIR", str(tmp_path))
+    monkeypatch.delenv("TRAIN", raising=False)
+    made = open_session("demo", 2, workers=1)
+    made.store.quiet = True
+    return made
+
+
+def put(store, cfg, start=0.30, end=0.35, seconds=10.0):
+    """A stored result whose validation accuracy goes from `start` to `end`, and a point above on
+    test."""
+    rows = [dict(round=0, val_top1=start, val_loss=3.0, test_top1=start, test_loss=3.0)]
+    rows.append(dict(round=cfg.length, lr=cfg.lr, train_loss=2.0, val_loss=2.5, val_top1=end,
+                     test_top1=end, test_loss=2.5, client_norm=2.0, mean_norm=1.0,
+                     bytes_up=1e6, bytes_down=1e6))
+    scores = dict(loss=2.0, top1=end + 0.01, top5=0.6)
+    mask = dict(per_layer={"attn.query.weight": [30, 100], "mlp.fc1.weight": [0, 100]}, bytes_up=1)
+    result = dict(
+        run=run_name(cfg), status="finished", error="", config=vars(cfg), key=run_key(cfg),
+        history=rows, best_round=cfg.length, seconds=seconds, test=scores, test_of_best=scores,
+        segments=[dict(hardware=utils.hardware(), code=utils.CODE_SHA256)], mask=mask)
+    store.write(f"{run_name(cfg)}.json", utils.to_json(result))
+
+
+def fill(session, section: str):
+    for i, cfg in enumerate(section_runs(section, session)):
+        put(session.store, cfg, end=0.35 + 0.001 * i)
+
+
+# ------------------------------------------------------------------ figures
+DRAWN = [
+    (figures.draw_centralized_curves, "centralized", "01_curves"),
+    (figures.draw_epochs, "centralized_epochs", "01_epochs"),
+    (figures.draw_protocol, "protocol", "02_protocol"),
+    (figures.draw_fedavg_curves, "fedavg_iid", "02_curves"),
+    (figures.draw_norms, "fedavg_iid", "02_norms"),
+    (figures.draw_grid, "grid", "03_grid"),
+    (figures.draw_grid_curves, "grid", "03_curves"),
+    (figures.draw_rates_of_grid, "grid", "03_rates"),
+    (figures.draw_drift, "grid", "03_drift"),
+    (figures.draw_six_models, "six_models", "04_six_models"),
+    (figures.draw_traffic, "six_models", "04_traffic"),
+    (figures.draw_composition, "calibration", "04_composition"),
+    (figures.draw_rules, "rules", "05_rules"),
+    (figures.draw_map, "rate_map", "05_map"),
+    (figures.draw_speed_matched, "speed_matched", "05_speed"),
+    (figures.draw_methods, "methods", "05_methods"),
+]
+
+
+@pytest.mark.parametrize(("draw", "section", "name"), DRAWN, ids=[d[2] for d in DRAWN])
+def test_a_figure_of_what_is_stored_has_the_same_bytes_again_and_print_size(
+        session, draw, section, name):
+    frozen = replace(session, store=utils.Store(session.store.root, frozen=True))
+    fill(session, section)
+    contents = []
+    for _ in range(2):
+        draw(frozen)
+        contents.append([(session.figures / f"{name}.{kind}").read_bytes()
+                         for kind in ("png", "pdf")])
+    assert contents[0] == contents[1]
+    assert b"CreationDate" not in contents[0][1]
+    width = Image.open(io.BytesIO(contents[0][0])).width / 200  # dots an inch
+    assert width == pytest.approx(figures.PAGE, abs=0.01) or width == pytest.approx(
+        figures.COLUMN, abs=0.01)
+
+
+@pytest.mark.parametrize(("draw", "section", "name"),
+                         [d for d in DRAWN if d[2] != "03_rates"], ids=lambda d: str(d))
+def test_a_figure_of_which_nothing_is_stored_says_so_and_leaves_no_file(
+        session, draw, section, name, monkeypatch):
+    said = []
+    monkeypatch.setattr(figures, "display", lambda shown: said.append(shown.data))
+    draw(replace(session, store=utils.Store(session.store.root, frozen=True)))
+    assert "stored yet" in said[0]
+    assert not (session.figures / f"{name}.png").exists()
+
+
+def test_a_figure_with_gaps_counts_them(session):
+    cfgs = section_runs("grid", session)
+    for cfg in cfgs[:10]:
+        put(session.store, cfg)
+    fig, _ = figures.figure()
+    figures.note_missing(session, fig, "grid")
+    assert f"{len(cfgs) - 10} of {len(cfgs)} runs are not there yet" in fig.get_supxlabel()
+    assert "95 % t interval over seeds" in fig.get_supxlabel()
+
+
+def test_means_and_their_intervals_are_the_textbooks():
+    frame = pd.DataFrame(dict(x=[1, 1, 1, 2], y=[1.0, 2.0, 3.0, 5.0]))
+    x, mean, half = figures.means_of(frame, "x", "y")
+    assert x.tolist() == [1, 2]
+    assert mean.tolist() == [2.0, 5.0]
+    assert half[0] == pytest.approx(4.302653 / 3**0.5)  # t of 2 degrees of freedom, sd 1
+    assert np.isnan(half[1])
+
+
+def test_eight_series_differ_by_colour_marker_and_dash():
+    looks = [figures.look(i) for i in range(8)]
+    for name in ("color", "marker", "linestyle"):
+        assert len({str(look[name]) for look in looks}) == 8
+
+
+def test_ticks_are_large_enough_for_print():
+    fig, ax = figures.figure()
+    ax.plot([1, 2])
+    assert min(label.get_fontsize() for label in ax.get_xticklabels()) >= 6.5
+
+
+@pytest.mark.parametrize(("before", "after"), [((30.0, 30.5), (29.25, 31.25)),
+                                               ((10.0, 50.0), (10.0, 50.0))])
+def test_an_axis_of_accuracies_spans_two_points_at_least(before, after):
+    _, ax = figures.figure()
+    ax.set_ylim(before)
+    figures.widen(ax)
+    assert ax.get_ylim() == after
+
+
+def test_figures_and_tables_of_synthetic_images_say_so(session):
+    on_synthetic = replace(session, base=replace(session.base, dataset="synthetic"))
+    fig, _ = figures.figure()
+    figures.save_figure(on_synthetic, fig, "a", "nothing")
+    assert [text.get_text() for text in fig.texts] == ["SYNTHETIC DATA"]
+    table = figures.save_table(on_synthetic, pd.DataFrame({"test": [1]}), "b")
+    assert "SYNTHETIC DATA" in table.to_string()
+
+
+def test_tables_have_words_and_are_utf8_whatever_the_locale(session, monkeypatch):
+    monkeypatch.setattr("locale.getpreferredencoding", lambda *a: "ascii")
+    frame = pd.DataFrame({"test": ["1 ± 2"]}, index=["query_key"])
+    table = figures.save_table(session, frame, "t")
+    assert table.index.tolist() == ["query and key"]
+    text = (session.figures / "t.csv").read_bytes().decode("utf-8")
+    assert text == ",test (%)\nquery and key,1 ± 2\n"
+
+
+# ------------------------------------------------------------------ plans
+def test_a_plan_counts_what_is_stored_and_goes_by_the_seconds_of_stored_runs(session):
+    cfgs = experiments._unlike(section_runs("grid", session))
+    for cfg in cfgs[:-3]:
+        put(session.store, cfg, seconds=30.0)
+    frame = figures.plan(session, "grid")
+    assert frame.loc["grid", "runs"] == len(cfgs)
+    assert frame.loc["grid", "stored"] == len(cfgs) - 3
+    (minutes,) = [c for c in frame.columns if c.startswith("minutes left, measured")]
+    assert frame.loc["grid", minutes] == pytest.approx(3 * 30 / 60, rel=0.1)
+
+
+def test_a_plan_says_that_it_estimates_where_nothing_is_stored(session):
+    frame = figures.plan(session, "grid", "six_models")
+    assert any("estimated" in c for c in frame.columns)
+    assert frame.loc["all", "runs"] == frame.runs.iloc[:2].sum()
+
+
+# ------------------------------------------------------------------ the growing picture
+HISTORY = [dict(round=0, val_top1=0.3, val_loss=3.0),
+           dict(round=2, val_top1=0.4, val_loss=2.5, train_loss=2.0)]
+
+
+class Handle:
+    def __init__(self):
+        self.shown = []
+
+    def update(self, content):
+        self.shown.append(content.data)
+
+
+def test_the_picture_grows_in_one_place(monkeypatch):
+    handle = Handle()
+    calls = []
+
+    def display(content, display_id):
+        calls.append(content.data)
+        return handle
+    monkeypatch.setattr(figures, "display", display)
+    monkeypatch.setattr(figures, "has_display", lambda: True)
+    live = figures.Live()
+    live(CFG, HISTORY[:1])
+    live(CFG, HISTORY)  # too soon to be drawn
+    live.finish()
+    assert len(calls) == 1
+    assert len(handle.shown) == 1
+    assert "30.0 % at round 0" in calls[0]
+    assert "40.0 % at round 2" in handle.shown[0]
+    assert "2 of 4" in handle.shown[0]
+
+
+def test_without_a_display_it_is_a_line_of_text(capsys):
+    figures.Live()(CFG, HISTORY)
+    assert capsys.readouterr().out == f"{run_name(CFG)}: 2 of 4, validation 40.0 %\n"
+
+
+def test_training_a_section_calls_the_picture(session, monkeypatch, capsys):
+    make_small(monkeypatch)
+    section = replace(SECTIONS["grid"], cells=lambda s: {("IID", 2): CFG}, searched=False)
+    monkeypatch.setitem(SECTIONS, "grid", section)
+    figures.train_sections(replace(session, seeds=(0,)), "grid")
+    said = capsys.readouterr().out
+    assert f"{run_name(CFG)}: 2 of 4, validation" in said
+    assert f"{run_name(CFG)}: 4 of 4, validation" in said
+
+
+# ------------------------------------------------------------------ answers
+def comparison(low, high, p, seeds=3):
+    return Comparison((low + high) / 2, low, high, p, 1.0, seeds, "")
+
+
+def test_comparisons_as_parts_of_sentences():
+    assert figures.against(comparison(0.5, 1.5, 0.01), "X") == (
+        "1.0 points above X (95 % interval +0.5 to +1.5)")
+    assert figures.against(comparison(-1.5, -0.5, 0.01), "X") == (
+        "1.0 points below X (95 % interval -1.5 to -0.5)")
+    assert figures.against(comparison(-0.5, 1.5, 0.3, 1), "X") == (
+        "neither above nor below X, as far as these runs tell (95 % interval -0.5 to +1.5, one "
+        "seed)")
+    assert "not known yet" in figures.against(experiments.NOTHING, "X")
+
+
+def test_an_answer_says_what_is_missing_and_that_the_demo_says_nothing(session):
+    text = figures.answer(session, "03", "One.", "", "Two.").data
+    assert text.startswith("One.\n\nTwo.\n\n")
+    wanted = len(section_runs("grid", session))
+    assert f"{wanted} of {wanted} runs are not there yet" in text
+    assert "its accuracies say nothing" in text
+
+
+def test_an_edited_utils_is_said_before_the_next_cell(monkeypatch, capsys):
+    figures.say_edited()
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr(figures, "_SOURCE", figures._SOURCE + "# edited")
+    figures.say_edited()
+    assert "RESTART THE KERNEL" in capsys.readouterr().out
+
+
+def test_a_drive_that_is_not_mounted_counts_as_none(tmp_path, monkeypatch):
+    monkeypatch.setenv("RESULTS_DIR", str(tmp_path))
+    opened = figures.open_notebook("03", tmp_path / "no/MyDrive/project", preset_name="small",
+                                   seeds=1)
+    assert opened.store.backup is None
+    assert not (tmp_path / "no").exists()
+
+
+# ------------------------------------------------------------------ running notebooks
+def test_parameters_are_injected_below_the_tagged_cell():
+    notebook = run_notebooks.nbformat.read(run_notebooks.NOTEBOOKS[2], as_version=4)
+    run_notebooks.inject(notebook, {"PRESET": "demo", "HOURS": 0.5})
+    sources = [cell.source for cell in notebook.cells]
+    at = sources.index("PRESET = 'demo'\nHOURS = 0.5")
+    assert sources[at - 1].startswith("PRESET = os.environ")
+    assert "open_notebook" in sources[at + 1]
