@@ -139,7 +139,7 @@ class Config:
     # first trains it alone, for head_rounds). Sparse runs freeze it, "probe" trains nothing else.
     head: Literal["logistic", "lda", "ridge", "train", "probe"] = "logistic"
     head_rounds: Count = 30                # of the probe that head="train" begins with
-    head_l2: Positive = 1.0                # penalty on squared weights, beside a sum over images
+    head_l2: Positive = 30.0               # penalty on squared weights, beside a sum over images
     # mask
     rule: str | None = None                # a name in RULES; None trains all weights
     sparsity: Annotated[float, Field(ge=0, le=1)] = 0.9  # s, share of the maskable weights frozen

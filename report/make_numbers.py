@@ -43,7 +43,7 @@ def words(part) -> str:
     text = WORDS.get(part, text_of(part))
     if text.startswith("Nc="):
         number = text.removeprefix("Nc=")
-        text = f"$N_c={number}$"
+        return f"$N_c={number}$"
     return text.replace("_", " ")
 
 

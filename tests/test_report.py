@@ -23,7 +23,8 @@ from utils import to_json as json_of
 
 COMMENT = re.compile(r"(?<!\\)%.*")
 TEXT = COMMENT.sub("", (REPORT / "text.tex").read_text(encoding="utf-8"))
-FRAME = "".join((REPORT / name).read_text(encoding="utf-8") for name in ("report.tex", "macros.tex"))
+FRAME = "".join((REPORT / name).read_text(encoding="utf-8")
+                for name in ("report.tex", "macros.tex"))
 CLAIMS = claims_of.read_claims()
 
 
