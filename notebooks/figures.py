@@ -187,9 +187,10 @@ def save_figure(session: Session, fig: Figure, name: str, alt: str):
     nothing = dict(CreationDate=None, Creator=None, Producer=None)
     fig.savefig(pdf, format="pdf", metadata=nothing)
     write_figure(session, f"{name}.pdf", pdf.getvalue())
-    write_figure(session, f"{name}.png", png_of(fig))
+    png = png_of(fig)
+    write_figure(session, f"{name}.png", png)
     width = 100 * fig.get_size_inches()[0]
-    display(HTML(as_image(png_of(fig), alt, f"{width:.0f}px")))
+    display(HTML(as_image(png, alt, f"{width:.0f}px")))
 
 
 def png_of(fig: Figure) -> bytes:
@@ -959,26 +960,50 @@ def draw_speed_matched(session: Session):
 
 
 def draw_methods(session: Session):
-    """Test accuracy of server algorithms and merges, all weights and a tenth, by sharding."""
+    """Test accuracy of server algorithms, all weights and a tenth, by sharding."""
     found = frames_or_note(session, "05_methods", "methods")
     if found is None:
         return
-    runs = found[0]
+    fig = draw_servers(session, found[0], ["dense", "masked"])
+    note_missing(session, fig, "methods")
+    save_figure(session, fig, "05_methods", "Test accuracy of FedAvg and other server algorithms, "
+                "on all weights and on a tenth")
+
+
+def draw_merges(session: Session):
+    """Test accuracy of servers that merge: at rates of their own, and at FedAvg's length."""
+    found = frames_or_note(session, "05_merges", "merges")
+    if found is None:
+        return
+    own = found[0]
+    matched = section_frames("matched_merges", session)[0]
+    matched = matched.assign(method=matched.method.str.removesuffix(", matched"))
+    matched["weights trained"] = matched["weights trained"] + AT_LENGTH
+    series = ["dense", "dense" + AT_LENGTH, "masked", "masked" + AT_LENGTH]
+    fig = draw_servers(session, pd.concat([own, matched]), series)
+    note_missing(session, fig, "merges", "matched_merges")
+    save_figure(session, fig, "05_merges", "Test accuracy of FedAvg and of servers that merge task "
+                "vectors, on all weights and on a tenth, at their own length and at FedAvg's")
+
+
+AT_LENGTH = ", FedAvg's length"
+
+
+def draw_servers(session: Session, runs: pd.DataFrame, series: list[str]) -> Figure:
+    """Methods on x, a panel a sharding; `series` are kinds of weights that are trained."""
     shardings = list(runs.sharding.unique())
     methods = list(runs.method.unique())
-    fig, axes = panels(len(shardings), 2.8)
+    fig, axes = panels(len(shardings), 2.9)
     for ax, where in zip(axes, shardings, strict=True):
         part = runs[runs.sharding == where]
-        draw_points(ax, part, "method", "test", "weights trained", methods, ["dense", "masked"])
+        draw_points(ax, part, "method", "test", "weights trained", methods, series)
         draw_start(ax, part)
         ax.set_title(words(where))
         ax.tick_params(axis="x", rotation=60)
     axes[0].set_ylabel("test top-1 (%)")
     widen(axes[0])
-    legend_above(fig, axes[0], 3)
-    note_missing(session, fig, "methods")
-    save_figure(session, fig, "05_methods", "Test accuracy of FedAvg, other server algorithms and "
-                "merges, on all weights and on a tenth")
+    legend_above(fig, axes[0], len(series) + 1)
+    return fig
 
 
 def diagnoses(session: Session) -> pd.DataFrame:

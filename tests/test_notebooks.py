@@ -12,14 +12,13 @@ from PIL import Image
 import utils
 from notebooks import experiments, figures
 from notebooks.experiments import SECTIONS, Comparison, open_session, section_runs
-from utils import preset, run_key, run_name
+from utils import run_key, run_name
 
 
 @pytest.fixture
 def session(tmp_path, monkeypatch):
     """The demo's, with two seeds and an empty store; nothing is loaded or trained."""
     monkeypatch.setattr(utils, "or_synthetic", lambda cfg: cfg)
-    monkeypatch.setattr(experiments, "preset", lambda name: preset(name, dataset="cifar100"))
     monkeypatch.setenv("RESULTS_DIR", str(tmp_path))
     monkeypatch.delenv("TRAIN", raising=False)
     made = open_session("demo", 2, workers=1)
@@ -44,7 +43,9 @@ def put(store, cfg, start=0.30, end=0.35, seconds=10.0):
 
 
 def fill(session, section: str):
-    for i, cfg in enumerate(section_runs(section, session)):
+    """Of a frozen session the cells are known without any measurement."""
+    frozen = replace(session, store=utils.Store(session.store.root, frozen=True))
+    for i, cfg in enumerate(section_runs(section, frozen)):
         put(session.store, cfg, end=0.35 + 0.001 * i)
 
 
@@ -66,6 +67,7 @@ DRAWN = [
     (figures.draw_map, "rate_map", "05_map"),
     (figures.draw_speed_matched, "speed_matched", "05_speed"),
     (figures.draw_methods, "methods", "05_methods"),
+    (figures.draw_merges, "merges", "05_merges"),
 ]
 
 
