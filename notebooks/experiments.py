@@ -968,10 +968,12 @@ class Pool:
     def train(self, cfgs: list[Config]) -> list[Config]:
         waiting = list(cfgs)
         try:
-            while self.workers:
+            while True:
                 for pipe in list(self.workers):
                     if pipe not in self.trains:
                         self.give(pipe, waiting)
+                if not self.trains:  # nothing to wait for: that would never end
+                    break
                 for pipe in wait(list(self.trains)):
                     self.receive(pipe, waiting)
         except KeyboardInterrupt:
@@ -1575,6 +1577,24 @@ def budget(preset_name: str, seeds: int = 1, store: Store | None = None,
     return frame.astype({"runs": int, "trained": int, "evaluated": int})
 
 
+def budget_markdown() -> str:
+    """The README's table of costs at the estimated speed of a T4, with one seed."""
+    lines = ["| preset | notebook | runs | images trained | evaluated | PFLOP | GB on Drive | hours |",
+             "|---|---|---|---|---|---|---|---|"]
+    for name in ("lite", "full", "small", "demo"):
+        for notebook, row in budget(name).iterrows():
+            hours = f"{row.hours:.1f}"
+            if name in ("small", "demo"):  # presets for a CPU, in one line each
+                hours = "on a CPU"
+            if name in ("small", "demo") and notebook != "all":
+                continue
+            lines.append(
+                f"| {name} | {notebook} | {row.runs} | {row.trained / 1e6:.1f} M "
+                f"| {row.evaluated / 1e6:.1f} M | {row.flop / 1e15:.1f} | {row.gigabytes:.1f} "
+                f"| {hours} |")
+    return "\n".join(lines)
+
+
 def budget_line(notebook: str, session: Session) -> str:
     """The first output of a notebook: what all its runs cost, were nothing stored."""
     row = budget(session.preset, len(session.seeds), session.store).loc[notebook]
@@ -1600,8 +1620,12 @@ def main(arguments: list[str] | None = None) -> int:
     counting.add_argument("--preset", action="append", choices=list(SCALES))
     counting.add_argument("--seeds", type=int, default=1)
     counting.add_argument("--by-section", action="store_true")
+    counting.add_argument("--markdown", action="store_true", help="the README's table")
     asked = parser.parse_args(arguments)
 
+    if asked.command == "budget" and asked.markdown:
+        print(budget_markdown())
+        return 0
     if asked.command == "budget":
         print_budget(asked.preset or list(SCALES), asked.seeds, asked.by_section)
         return 0
