@@ -135,14 +135,17 @@ WORDS = {
     "dense": "all weights", "central": "one place", "fedavg": "FedAvg", "fedprox": "FedProx",
     "scaffold": "SCAFFOLD", "fedavgm": "FedAvgM", "fedadam": "FedAdam", "fedexp": "FedExP",
     "lda": "LDA", "crop_flip": "crop and flip", "query_key": "query and key",
-    "warmup_cosine": "warm-up, cosine", "centralized": "centralised"}
+    "warmup_cosine": "warm-up, cosine", "centralized": "centralised", "fedavg_iid": "FedAvg, IID"}
 
 
 def words(name) -> str:
     """An identifier as a reader knows it."""
     if isinstance(name, float):
         return f"{name:g}"
-    return WORDS.get(name, str(name).replace("Nc=", "Nc = ").replace("_", " "))
+    if name in WORDS:
+        return WORDS[name]
+    plain = str(name).replace("centralized", "centralised").replace("_", " ")
+    return plain.replace("Nc=", "Nc = ")
 
 
 def look(i: int) -> dict:
@@ -243,7 +246,7 @@ def plan(session: Session, *names: str) -> pd.DataFrame:
             stored=sum(done),
             searches_left=searches,
             minutes_left=round(minutes, 1)))
-    frame = pd.DataFrame(rows).set_index("section").rename(index=lambda n: n.replace("_", " "))
+    frame = pd.DataFrame(rows).set_index("section").rename(index=words)
     if len(names) > 1:
         frame.loc["all"] = frame.sum()
     columns = dict(searches_left="runs of searches left", minutes_left=f"minutes left, {source}")
@@ -456,11 +459,22 @@ def widen(ax, points: float = 2.0):
     ax.set_ylim(low - more, high + more)
 
 
-def draw_start(ax, runs: pd.DataFrame):
-    """A line at the accuracy before any training, the run's own head on frozen features."""
-    if runs.start.notna().any():
-        ax.axhline(runs.start.mean(), color="0.4", linestyle=":", linewidth=1,
-                   label="untrained start")
+def draw_start(ax, session: Session):
+    """A line at the test accuracy before any training, the fitted head on frozen features.
+
+    Only the centralised baseline is tested there; all runs begin with the same head.
+    """
+    start = test_of_start(session)
+    if not math.isnan(start):
+        ax.axhline(start, color="0.4", linestyle=":", linewidth=1, label="untrained start (test)")
+
+
+def test_of_start(session: Session) -> float:
+    """Test accuracy (%) of the fitted head on frozen features; NaN where it is not stored."""
+    cfgs = section_runs("centralized", session)
+    results = [r for r in map(session.store.result, cfgs) if r]
+    history = experiments.frames(results)[1]
+    return history[history["round"] == 0].test_top1.mean()
 
 
 def legend_above(fig: Figure, ax, columns: int, title: str | None = None):
@@ -481,12 +495,13 @@ def frames_or_note(session: Session, name: str, section: str):
     runs, history = section_frames(section, session)
     if len(runs):
         return runs, history
-    fig, ax = figure(COLUMN, 0.6)
-    text = f"{name}: none of its {len(section_runs(section, session))} runs is stored yet"
-    ax.text(0.5, 0.5, text, ha="center", va="center")
-    ax.set_axis_off()
-    display(HTML(as_image(png_of(fig), text, "30em")))
+    note(f"{name}: none of its {len(section_runs(section, session))} runs is stored yet")
     return None
+
+
+def note(text: str):
+    """A sentence in the place of a figure that would be empty."""
+    display(HTML(f"<p><i>{html.escape(text)}</i></p>"))
 
 
 def note_missing(session: Session, fig: Figure, *sections: str):
@@ -554,14 +569,18 @@ def rates_of(section: str, session: Session) -> pd.DataFrame:
 
 def draw_searches(session: Session, name: str, sections: dict[str, str]):
     """Validation accuracy against the rate, a panel a section: {section: its label's column}."""
-    fig, axes = panels(len(sections), 2.3)
-    for ax, (section, column) in zip(axes, sections.items(), strict=True):
-        tried = rates_of(section, session)
+    tables = {section: rates_of(section, session) for section in sections}
+    shown = {section: tried for section, tried in tables.items() if len(tried)}
+    if not shown:
+        note(f"{name}: no rate is stored yet")
+        return
+    fig, axes = panels(len(shown), 2.3)
+    for ax, (section, tried) in zip(axes, shown.items(), strict=True):
+        column = sections[section]
         draw_lines(ax, tried, "tried", "val", column)
         ax.set_title(words(column))
         log_rates(ax)
-        if len(tried):
-            ax.legend()
+        ax.legend()
     axes[0].set_ylabel("validation top-1 (%)")
     widen(axes[0])
     save_figure(session, fig, name, "Validation accuracy against the learning rate, one line for "
@@ -571,6 +590,9 @@ def draw_searches(session: Session, name: str, sections: dict[str, str]):
 def draw_rates_of_grid(session: Session):
     """How wide the range of good rates is: accuracy against rate by sharding, a panel a J."""
     tried = rates_of("grid", session)
+    if tried.empty:
+        note("03_rates: no rate is stored yet")
+        return
     steps = session.scale.local_steps
     order = nc_labels(session.scale.shardings)
     fig, axes = panels(len(steps), 2.5)
@@ -620,7 +642,7 @@ def draw_epochs(session: Session):
     ax.set(xscale="log", xlabel="epochs of the whole run (log scale)", ylabel="top-1 (%)")
     ax.set_xticks(session.scale.epochs, [str(n) for n in session.scale.epochs])
     ax.minorticks_off()
-    draw_start(ax, runs)
+    draw_start(ax, session)
     ax.legend()
     save_figure(session, fig, "01_epochs", "Test and validation accuracy against the number of "
                 "epochs of the run")
@@ -828,7 +850,7 @@ def draw_six_models(session: Session):
     fig, ax = figure()
     draw_points(ax, runs, "data", "test", "weights trained", list(runs.data.unique()),
                 ["dense", "sparse"])
-    draw_start(ax, runs)
+    draw_start(ax, session)
     ax.set_ylabel("test top-1 (%)")
     widen(ax)
     ax.legend()
@@ -848,7 +870,7 @@ def draw_sweep(session: Session, section: str, column: str, label: str, name: st
     fig, ax = figure()
     order = nc_labels(session.scale.sweep_shardings)
     draw_lines(ax, runs, column, "test", "sharding", order)
-    draw_start(ax, runs)
+    draw_start(ax, session)
     values = sorted(runs[column].unique())
     ax.set(xscale="log", xlabel=label, ylabel="test top-1 (%)")
     ax.set_xticks(values, [f"{v:g}" for v in values])
@@ -888,7 +910,7 @@ def draw_rules(session: Session):
     shardings = nc_labels(session.scale.rule_shardings)
     fig, ax = figure(PAGE, 2.6)
     draw_points(ax, runs, "sharding", "test", "rule", shardings, ["dense", *session.scale.rules])
-    draw_start(ax, runs)
+    draw_start(ax, session)
     ax.set_ylabel("test top-1 (%)")
     widen(ax)
     legend_above(fig, ax, 4)
@@ -997,7 +1019,7 @@ def draw_servers(session: Session, runs: pd.DataFrame, series: list[str]) -> Fig
     for ax, where in zip(axes, shardings, strict=True):
         part = runs[runs.sharding == where]
         draw_points(ax, part, "method", "test", "weights trained", methods, series)
-        draw_start(ax, part)
+        draw_start(ax, session)
         ax.set_title(words(where))
         ax.tick_params(axis="x", rotation=60)
     axes[0].set_ylabel("test top-1 (%)")
@@ -1193,6 +1215,34 @@ def accuracy(session: Session, section: str, label: tuple, value: str = "test") 
     if math.isnan(half):
         return f"{mean:.1f} %"
     return f"{mean:.1f} ± {half:.1f} %"
+
+
+def clients(where: str) -> str:
+    """"IID" and "Nc=10" as "IID clients" and "10 classes a client"."""
+    number = where.removeprefix("Nc=")
+    if number == where:
+        return f"{where} clients"
+    return "one class a client" if number == "1" else f"{number} classes a client"
+
+
+def range_in_words(session: Session, rule: str, where: str) -> str:
+    """At which of the rates that were tried a rule gains over the untrained start."""
+    table = ranges_of(session)
+    if (rule, where) not in table.index:
+        return "at rates not known yet"
+    gain, lowest, highest, _ = table.loc[rule, where]
+    if not gain > 0:
+        return "at none of the rates that were tried"
+    return f"at rates from {lowest:g} to {highest:g}, by {gain:.1f} points at most"
+
+
+def best_merge(session: Session, kind: str, where: str) -> tuple:
+    """The label of the merge that is best on validation, FedAvg aside."""
+    scores = {}
+    for label, cfg in SECTIONS["merges"].cells(session).items():
+        if label[0] != "FedAvg" and label[1:] == (kind, where):
+            scores[label] = last_accuracy(session.store.result(cfg))
+    return max(scores, key=scores.get)
 
 
 def answer(session: Session, notebook: str, *sentences: str) -> Markdown:

@@ -38,7 +38,7 @@ found = [p for p in places if (p / "notebooks/experiments.py").is_file()
 assert found or REPOSITORY, "No project here or on Drive: put its folder there, or set REPOSITORY"
 if not found:
     subprocess.run(["git", "clone", "--depth=1", REPOSITORY, CLONE], check=True)
-runpy.run_path(str([*found, CLONE][0] / "notebooks/start.py"), dict(DRIVE=DRIVE), "setup")'''
+runpy.run_path(str([*found, CLONE][0] / "notebooks/start.py"), dict(DRIVE=DRIVE), "setup");'''
 
 BADGE = ("[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
          "(https://colab.research.google.com/github/{path}/blob/main/notebooks/{notebook})")

@@ -88,11 +88,7 @@ def test_a_figure_of_what_is_stored_has_the_same_bytes_again_and_print_size(
         figures.COLUMN, abs=0.01)
 
 
-WITHOUT_RATES = [d for d in DRAWN if d[2] != "03_rates"]
-
-
-@pytest.mark.parametrize(("draw", "section", "name"), WITHOUT_RATES,
-                         ids=[d[2] for d in WITHOUT_RATES])
+@pytest.mark.parametrize(("draw", "section", "name"), DRAWN, ids=[d[2] for d in DRAWN])
 def test_a_figure_of_which_nothing_is_stored_says_so_and_leaves_no_file(
         session, draw, section, name, monkeypatch):
     said = []
