@@ -524,6 +524,7 @@ class Section:
     searched: bool = True           # every cell's rate is searched first
     every_seed: bool = True         # False: seed 0 alone
     test: bool = True               # False: a choice, made on validation alone
+    keep: bool = False              # the weights of finished runs, for what is measured on them
 
 
 # In the order in which they tell most: within a notebook and over all of them.
@@ -541,10 +542,10 @@ SECTIONS = {
                                   every_seed=False),
     "fedavg_iid": Section("02", fedavg_iid, ("rounds",)),
     "grid": Section("03", grid, ("sharding", "local_steps")),
-    "six_models": Section("04", six_models, ("data", "weights trained")),
-    "sparsity": Section("04", sparsity, ("sharding", "sparsity")),
-    "calibration": Section("04", calibration, ("sharding", "calibration_rounds")),
-    "rules": Section("05", rules, ("rule", "sharding")),
+    "six_models": Section("04", six_models, ("data", "weights trained"), keep=True),
+    "sparsity": Section("04", sparsity, ("sharding", "sparsity"), keep=True),
+    "calibration": Section("04", calibration, ("sharding", "calibration_rounds"), keep=True),
+    "rules": Section("05", rules, ("rule", "sharding"), keep=True),
     "rate_map": Section("05", rate_map, ("rule", "sharding", "lr"), searched=False,
                         every_seed=False, test=False),
     "speed_matched": Section("05", speed_matched, ("rule", "sharding"), searched=False),
@@ -553,7 +554,7 @@ SECTIONS = {
     "matched_merges": Section("05", matched_merges, ("method", "weights trained", "sharding"),
                               searched=False),
     "consensus": Section("05", consensus, ("combined by", "share of clients", "sharding"),
-                         searched=False),
+                         searched=False, keep=True),
 }
 
 
@@ -571,7 +572,22 @@ def run_section(name: str, session: Session, watch: Watch | None = None) -> list
         found = search_rates(section.cells(session).values(), session, watch)
         if not all(ladder.finished for ladder in found):
             return section_runs(name, session)
-    return train_all(section_runs(name, session), session, section.test, watch)
+    runs = section_runs(name, session)
+    left = train_all(runs, session, section.test, watch)
+    if not left and not section.keep:
+        drop_weights(runs, session)
+    return left
+
+
+def drop_weights(runs: Iterable[Config], session: Session):
+    """Deletes the weights of finished runs that no section keeps: a Drive has 15 GB."""
+    if session.store.frozen:
+        return
+    kept = {run_name(cfg) for name, section in SECTIONS.items() if section.keep
+            for cfg in section_runs(name, session)}
+    for cfg in runs:
+        if run_name(cfg) not in kept:
+            drop_checkpoints(cfg, session.store)
 
 
 # ------------------------------------------------------------------ rate search
@@ -745,7 +761,7 @@ def search_rates(cfgs: Iterable[Config], session: Session, watch: Watch | None =
         if train_all(todo, session, test=False, watch=watch):
             return [ladder(cfg, store) for cfg in starts]
     for found in ladders:
-        drop_losers(found, store)
+        drop_losers(found, session)
         if not found.bracketed and found.finished:
             print(found)
     return ladders
@@ -756,13 +772,16 @@ def _unlike(cfgs: Iterable[Config]) -> list[Config]:
     return list({run_name(cfg): cfg for cfg in cfgs}.values())
 
 
-def drop_losers(found: Ladder, store: Store):
-    """Deletes the checkpoints of rates that lost a finished search: nobody goes on from them."""
-    if not found.finished or store.frozen:
+def drop_losers(found: Ladder, session: Session):
+    """Deletes the weights of rates that lost a finished search: nobody goes on from them.
+
+    Those of the winner too, where it was searched on shorter runs than those that are shown.
+    """
+    if not found.finished or session.store.frozen:
         return
     for lr in found.scores:
-        if lr != found.lr:
-            drop_checkpoints(replace(found.cfg, lr=lr), store)
+        if lr != found.lr or session.scale.search is not None:
+            drop_checkpoints(replace(found.cfg, lr=lr), session.store)
 
 
 def drop_checkpoints(cfg: Config, store: Store):
@@ -1048,6 +1067,7 @@ class Pool:
             process.join(5)
             if process.is_alive():
                 process.terminate()
+                process.join()
 
 
 def serve(pipe, number: int, place: dict, code: str, test: bool, stop_at: float):
@@ -1511,7 +1531,10 @@ def stored_bytes(cfg: Config) -> float:
 
 
 def planned(name: str, session: Session) -> dict[str, tuple[Config, bool, bool]]:
-    """{run: (Config, tested, kept)} of a section; searches count with RUNGS rates a cell."""
+    """{run: (Config, tested, kept)} of a section; searches count with RUNGS rates a cell.
+
+    What is kept are weights, after all runs of the section are done.
+    """
     section = SECTIONS[name]
     runs = {}
     if section.searched and session.scale.searches:
@@ -1519,9 +1542,9 @@ def planned(name: str, session: Session) -> dict[str, tuple[Config, bool, bool]]
             like = searched_like(cfg, session)
             for step in range(-1, RUNGS - 1):
                 rung = replace(like, lr=rate_of(rung_of(like.lr) + step))
-                runs[run_name(rung)] = rung, False, step == 0
+                runs[run_name(rung)] = rung, False, False
     for cfg in section_runs(name, session):
-        runs[run_name(cfg)] = cfg, section.test, True
+        runs[run_name(cfg)] = cfg, section.test, section.keep
     return runs
 
 
@@ -1556,11 +1579,15 @@ def budget(preset_name: str, seeds: int = 1, store: Store | None = None,
         plans = {name: planned(name, session) for name in SECTIONS}
     speed, source = throughput(preset_name, store) if store else (T4_FLOPS, "estimated for a T4")
     counted = set()
+    on_drive = set()
     rows = {}
     for name, runs in plans.items():
         group = f"{SECTIONS[name].notebook} {name}" if by_section else SECTIONS[name].notebook
         row = rows.setdefault(group, dict(runs=0, trained=0, evaluated=0, flop=0.0, gigabytes=0.0))
         for run, (cfg, test, kept) in runs.items():
+            if kept and run not in on_drive:
+                on_drive.add(run)
+                row["gigabytes"] += stored_bytes(cfg) / 1e9
             if run in counted:
                 continue
             counted.add(run)
@@ -1569,7 +1596,6 @@ def budget(preset_name: str, seeds: int = 1, store: Store | None = None,
             row["trained"] += trained
             row["evaluated"] += evaluated
             row["flop"] += flop_of(cfg, test)
-            row["gigabytes"] += stored_bytes(cfg) / 1e9 * kept
     frame = pd.DataFrame(rows).T.sort_index()
     frame.loc["all"] = frame.sum()
     frame["hours"] = frame.flop / speed / 3600
@@ -1579,8 +1605,9 @@ def budget(preset_name: str, seeds: int = 1, store: Store | None = None,
 
 def budget_markdown() -> str:
     """The README's table of costs at the estimated speed of a T4, with one seed."""
-    lines = ["| preset | notebook | runs | images trained | evaluated | PFLOP | GB on Drive | hours |",
-             "|---|---|---|---|---|---|---|---|"]
+    columns = ("preset", "notebook", "runs", "images trained", "evaluated", "PFLOP",
+               "GB on Drive", "hours")
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for name in ("lite", "full", "small", "demo"):
         for notebook, row in budget(name).iterrows():
             hours = f"{row.hours:.1f}"

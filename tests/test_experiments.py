@@ -395,6 +395,36 @@ def test_flop_are_counted_on_the_model():
     assert both == pytest.approx(3 * forward, rel=0.02)
 
 
+def test_the_weights_that_nothing_needs_any_more_are_deleted(tmp_path, monkeypatch):
+    """The map's rates go, but for those that another section keeps; the results stay."""
+    session = session_of(tmp_path)
+    monkeypatch.setattr(experiments, "SECTIONS", {
+        "map": experiments.Section("05", lambda s: {(lr,): replace(BASE, lr=lr)
+                                                    for lr in (0.1, 0.3)}, ("lr",), searched=False),
+        "rules": experiments.Section("05", lambda s: {(): replace(BASE, lr=0.3)}, (),
+                                     searched=False, keep=True)})
+
+    def train(cfg, store, test=True, **options):
+        store.write(f"checkpoints/{run_name(cfg)}/1_a.safetensors", b"x")
+        return put(cfg, store, [0.3, 0.4], test=0.4)
+    monkeypatch.setattr(experiments, "train", train)
+    run_section("map", session)
+    kept = session.store.names("checkpoints/*/*.safetensors")
+    assert kept == [f"checkpoints/{run_name(replace(BASE, lr=0.3))}/1_a.safetensors"]
+    assert len(session.store.names("*.json")) == 2
+
+
+def test_the_readme_has_the_table_of_costs():
+    readme = (utils.ROOT / "README.md").read_text(encoding="utf-8")
+    assert experiments.budget_markdown() in readme
+    for notebook in ("04", "all"):
+        assert f"| {budget('lite').loc[notebook, 'hours']:.1f} |" in readme
+
+
+def test_a_free_drive_has_room_for_the_suite():
+    assert max(budget(name).loc["all", "gigabytes"] for name in ("lite", "full")) < 15
+
+
 @pytest.mark.parametrize(("name", "hours"), [("lite", 10), ("full", 40)])
 def test_the_suite_fits_its_hours_on_a_t4(name, hours):
     table = budget(name)
