@@ -103,7 +103,7 @@ def test_the_sessions_time_stops_workers(tmp_path):
     assert multiprocessing.active_children() == []
 
 
-def test_what_a_cell_registered_is_trained_in_this_process(tmp_path, monkeypatch, mine):
+def test_what_a_cell_registered_is_trained_in_this_process(tmp_path, monkeypatch):
     monkeypatch.setattr(Mine, "__module__", "__main__")
     cfgs = [replace(CFG, algorithm="mine", seed=s) for s in (0, 1)]
     monkeypatch.setattr(experiments, "Pool", None)  # no worker is needed
