@@ -847,6 +847,7 @@ def train_all(cfgs: Iterable[Config], session: Session, test: bool = True,
         if session.workers > 1 and len(todo) > 1:
             abroad = [cfg for cfg in todo if can_travel(cfg)]
             here = [cfg for cfg in todo if not can_travel(cfg)]
+        if abroad:
             here += train_in_workers(abroad, session, test, bar)
         with one_thread():
             train_here(here, session, test, bar)
