@@ -83,8 +83,8 @@ def children(pid: int) -> list[int]:
     found, parents = [pid], {}
     for entry in Path("/proc").glob("[0-9]*/stat"):
         try:
-            child, rest = int(entry.parent.name), entry.read_text().rpartition(")")[2].split()
-            parents.setdefault(int(rest[1]), []).append(child)
+            fields = entry.read_text(encoding="utf-8").rpartition(")")[2].split()
+            parents.setdefault(int(fields[1]), []).append(int(entry.parent.name))
         except OSError:  # gone in the meantime
             pass
     for process in found:
@@ -97,7 +97,7 @@ def held(pid: int) -> float:
     total = 0
     for process in children(pid):
         try:
-            lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
+            lines = Path(f"/proc/{process}/smaps_rollup").read_text(encoding="utf-8").splitlines()
             total += next(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
         except (OSError, StopIteration):
             pass

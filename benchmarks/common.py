@@ -159,7 +159,7 @@ def forget_peak():
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     else:
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
 def peak() -> float:
@@ -204,7 +204,7 @@ def resident(cfg: Config, images: str, processes: int):
                     log.seek(0)
                     raise RuntimeError(f"the processes ended:\n{log.read()[-4000:]}")
                 time.sleep(0.01)
-            took = float(answer.read_text())
+            took = float(answer.read_text(encoding="utf-8"))
             answer.unlink()
             return took
         try:

@@ -1,11 +1,14 @@
 """The house: utils.py stands alone, reads from top to bottom and is plain; imports only go down."""
 import ast
+import graphlib
+import io
 import os
 import re
 import shutil
 import subprocess
 import symtable
 import sys
+import tokenize
 
 import pytest
 
@@ -14,7 +17,8 @@ from utils import ROOT
 
 FOLDERS = ("notebooks", "distributed", "report", "benchmarks")
 MODULES = ["utils.py", *sorted(str(f.relative_to(ROOT)) for folder in FOLDERS
-                               for f in (ROOT / folder).glob("*.py"))]
+                               for f in (ROOT / folder).rglob("*.py"))]
+UTILS_LINES = 2550  # a ceiling, so that what is added is noticed
 BELOW = {  # what a module or folder may import, beside its own folder's modules outside notebooks/
     "utils": set(),
     "notebooks.extension": {"utils"},
@@ -80,28 +84,56 @@ def test_a_worker_imports_no_widgets_and_draws_nothing(module):
 
 
 # ------------------------------------------------------------------ imports only go down
-def imported(module: str) -> set[str]:
-    """Full names of what a module imports, wherever in it."""
+def full_name(module: str) -> str:
+    return module.removesuffix(".py").replace("/", ".")
+
+
+# Beside a script its folder is on the path: there "train" is distributed.train.
+BY_STEM = {full_name(m).rpartition(".")[2]: full_name(m) for m in MODULES}
+
+
+def imported(text: str, own: str = "") -> set[str]:
+    """Full names of the project's other modules that a source imports, wherever in it."""
     names = set()
-    for node in ast.walk(ast.parse(source(module))):
+    for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         if isinstance(node, ast.ImportFrom):
-            assert not node.level, f"{module} has a relative import"
+            assert not node.level, "a relative import"
             names |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return names
+    found = set()
+    for name in names:
+        first, _, rest = name.partition(".")
+        if first in FOLDERS:
+            found.add(f"{first}.{rest.partition('.')[0]}")
+        elif first in BY_STEM:
+            found.add(BY_STEM[first])
+        elif first in ("tests", "helpers", "conftest"):
+            found.add(first)
+    return found - {own}  # a script may import itself by its own name
+
+
+def test_all_ways_of_importing_are_seen():
+    text = ("import os, utils\nfrom distributed import app\nfrom notebooks.figures import panel\n"
+            "def f():\n    import train\n    from helpers import CFG\n")
+    assert imported(text) == {"utils", "distributed.app", "notebooks.figures",
+                              "distributed.train", "helpers"}
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_only_go_down(module):
-    name = module.removesuffix(".py").replace("/", ".")
-    allowed = BELOW.get(name, BELOW.get(name.split(".")[0]))
+    name = full_name(module)
+    allowed = BELOW.get(name, BELOW.get(name.partition(".")[0]))
     assert allowed is not None, f"{module} has no place in the house"
-    own = {name.split(".")[0] for name in BELOW} | {"tests", "helpers", "conftest"}
-    project = {found for found in imported(module) if found.split(".")[0] in own}
-    wrong = {found for found in project
-             if not any(f"{found}.".startswith(f"{place}.") for place in {name, *allowed})}
+    wrong = {found for found in imported(source(module), name)
+             if found not in allowed and found.partition(".")[0] not in allowed}
     assert not wrong
+
+
+def test_no_module_imports_itself_in_a_circle():
+    graph = {name: imported(source(module), name)
+             for module, name in zip(MODULES, map(full_name, MODULES), strict=True)}
+    list(graphlib.TopologicalSorter(graph).static_order())  # CycleError where there is one
 
 
 def test_the_public_names_are_a_contract():
@@ -151,11 +183,11 @@ def measures(text: str) -> tuple[float, float, int]:
                     and isinstance(node.value.value, str))
         if a_string or isinstance(node, ast.Import | ast.ImportFrom):
             left_out |= set(range(node.lineno, node.end_lineno + 1))
-    lines = text.splitlines()
-    code = {i for i, line in enumerate(lines, 1)
+    code = {i for i, line in enumerate(text.splitlines(), 1)
             if line.strip() and not line.strip().startswith("#") and i not in left_out}
     nodes = sum(getattr(node, "lineno", 0) in code for node in ast.walk(tree))
-    comments = sum("#" in line for line in lines)
+    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+    comments = sum(token.type == tokenize.COMMENT for token in tokens)
     walrus = sum(isinstance(node, ast.NamedExpr) for node in ast.walk(tree))
     return nodes / len(code), 100 * comments / len(code), walrus
 
@@ -167,9 +199,35 @@ def test_code_is_plain(module):
     assert walrus == 0
     if module == "utils.py":
         assert comments >= 10
+        assert len(source(module).splitlines()) <= UTILS_LINES
 
 
 def test_the_measures_by_hand():
-    text = '"""Doc."""\nimport os\n\n# why\nx = 1  # one\nif (y := x):\n    pass\n'
-    # code lines: x = 1; if; pass. Nodes: Assign, Name, Constant; If, NamedExpr, 2 Names; Pass
+    text = '"""Doc."""\nimport os\n\n# why\nx = "#"  # one\nif (y := x):\n    pass\n'
+    # code lines: x = "#"; if; pass. Nodes: Assign, Name, Constant; If, NamedExpr, 2 Names; Pass
     assert measures(text) == (8 / 3, 200 / 3, 1)
+
+
+def without_encoding(text: str) -> list[int]:
+    """Lines that open, read or write a text file in whatever encoding the platform prefers."""
+    found = []
+    for node in ast.walk(ast.parse(text)):
+        if not isinstance(node, ast.Call):
+            continue
+        called = getattr(node.func, "id", getattr(node.func, "attr", ""))
+        given = [ast.unparse(value) for value in [*node.args, *(k.value for k in node.keywords)]]
+        binary = called == "open" and any(re.fullmatch(r"'[rwax+]*b[rwax+]*'", g) for g in given)
+        text_file = called in ("open", "read_text", "write_text") and not binary
+        if text_file and "'utf-8'" not in given:
+            found.append(node.lineno)
+    return found
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_text_files_are_utf8_whatever_the_platform_prefers(module):
+    assert without_encoding(source(module)) == []
+
+
+def test_a_missing_encoding_is_seen():
+    assert without_encoding("open(f)\nopen(f, 'rb')\np.read_text('utf-8')\np.write_text(t)\n"
+                            "open(f, 'w', encoding='utf-8')\np.open()\n") == [1, 4, 6]
