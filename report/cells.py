@@ -3,6 +3,8 @@
 A cell counts once the search for its rate has finished and its run is done. Nothing is trained or
 computed: the session's store is frozen.
 """
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -35,7 +37,6 @@ class Search:
 
 
 Cells = dict[str, dict[tuple, Cell]]   # section -> label -> cell
-Range = tuple[str, str, str]           # lowest rate, highest rate, best gain
 
 
 def text_of(part) -> str:
@@ -88,43 +89,60 @@ def search_of(cfg: Config, section: Section, session: Session) -> Search:
     return Search(found.finished, found.bracketed)
 
 
-# ------------------------------------------------------------------ ranges of rates
-def ranges(cells: dict[tuple, Cell]) -> dict[tuple, Range | None]:
-    """`gaining` of every (rule, sharding) of the map of rates."""
-    runs = {}
-    for (rule, sharding, _), cell in cells.items():
-        runs.setdefault((rule, sharding), []).append(cell.runs)
-    return {key: gaining(pd.concat(found)) for key, found in runs.items()}
+# ------------------------------------------------------------------ the map of rates
+@dataclass(frozen=True)
+class Gains:
+    """What training gains on validation over the untrained start, by rate, at seed 0."""
+    points: dict[float, float]   # {rate: points}, rates ascending; minus infinity: diverged
 
+    @property
+    def best(self) -> float:
+        """The best rate; of equal ones the lowest."""
+        return max(self.points, key=self.points.get)
 
-def gaining(runs: pd.DataFrame) -> Range | None:
-    """The rates around the best at which training gains on validation over the untrained start.
+    @property
+    def lowest(self) -> float | None:
+        """The lowest of the rates around the best that gain, None where none gains."""
+        return self._last_gaining(reversed(self.points))
 
-    A rate at an end of those tried gets "\\le" or "\\ge", for the range may go on there. No rates
-    where nothing gains, None without runs.
-    """
-    gains = (runs.val - runs.start).set_axis(runs.lr).sort_index()
-    if gains.isna().all():
+    @property
+    def highest(self) -> float | None:
+        return self._last_gaining(self.points)
+
+    def _last_gaining(self, rates: Iterable[float]) -> float | None:
+        """How far one can go from the best rate, in this order of rates, before gains end."""
+        last = None
+        for rate in self._from_best(rates):
+            if self.points[rate] <= 0:
+                break
+            last = rate
+        return last
+
+    def _from_best(self, rates: Iterable[float]) -> list[float]:
+        rates = list(rates)
+        return rates[rates.index(self.best):]
+
+    def above_best(self, factor: float) -> float | None:
+        """Points at about `factor` times the best rate, None where that was not tried."""
+        for rate, points in self.points.items():
+            if math.isclose(rate, factor * self.best, rel_tol=0.15):
+                return points
         return None
-    best = int(gains.argmax())
-    gain = f"{gains.iloc[best]:+.1f}"
-    if gains.iloc[best] <= 0:
-        return "", "", gain
 
-    first = best
-    while first > 0 and gains.iloc[first - 1] > 0:
-        first -= 1
-    last = best
-    while last < len(gains) - 1 and gains.iloc[last + 1] > 0:
-        last += 1
 
-    low = f"{gains.index[first]:g}"
-    high = f"{gains.index[last]:g}"
-    if first == 0:
-        low = "\\le " + low
-    if last == len(gains) - 1:
-        high = "\\ge " + high
-    return low, high, gain
+def read_gains(session: Session) -> dict[tuple, Gains]:
+    """{(rule, sharding): Gains} of those rules and shardings of which a rate was tried.
+
+    Of all stored runs that differ in the rate alone: those of searches and those of the map.
+    """
+    found = {}
+    for label, cfg in SECTIONS["rules"].cells(session).items():
+        like = experiments.searched_like(cfg, session)
+        tried = experiments.ladder(like, session.store)
+        if tried.start is not None:
+            points = {lr: 100 * (score - tried.start) for lr, score in tried.scores.items()}
+            found[label] = Gains(points)
+    return found
 
 
 # ------------------------------------------------------------------ interference

@@ -1,25 +1,28 @@
 """claims.toml held against the stored runs: what of it may be said.
 
-A claim compares two cells of the experiments and says "above", "below" or "none" (no difference
-found); "open" are comparisons of which the text says nothing yet.
+A claim compares two cells of the experiments and says "above", "below", "none" (no difference
+found) or "equal" (within the margin); "open" are comparisons whose direction the text leaves open.
 """
 import math
 import tomllib
 from pathlib import Path
 
 import pandas as pd
-from statsmodels.stats.proportion import confint_proportions_2indep, test_proportions_2indep
+from scipy.stats import norm
 
 from notebooks import experiments
 from notebooks.experiments import Comparison
 from report.cells import Cell, Cells
-from utils import Config, Store
 
 REPORT = Path(__file__).resolve().parent
-EXPECTED = ("above", "below", "none", "open")
+EXPECTED = ("above", "below", "none", "equal", "open")
+TEST_IMAGES = 10_000
+
+Claim = dict
+Judged = dict[str, tuple[Comparison, str]]   # id -> comparison, verdict
 
 
-def read_claims() -> dict[str, dict]:
+def read_claims() -> dict[str, Claim]:
     """{id: {a, b, value_a, value_b, expected}}; the head of claims.toml explains them."""
     with open(REPORT / "claims.toml", "rb") as file:
         claims = tomllib.load(file)
@@ -27,7 +30,7 @@ def read_claims() -> dict[str, dict]:
     return {name: defaults | claim for name, claim in claims.items()}
 
 
-def sides(claim: dict, cells: Cells) -> list[Cell]:
+def sides(claim: Claim, cells: Cells) -> list[Cell]:
     """The two cells, as far as the preset has them."""
     found = []
     for section, *label in (claim["a"], claim["b"]):
@@ -37,78 +40,82 @@ def sides(claim: dict, cells: Cells) -> list[Cell]:
     return found
 
 
-def comparison(claim: dict, cells: Cells, store: Store) -> Comparison:
+# ------------------------------------------------------------------ comparisons
+def comparison(claim: Claim, cells: Cells) -> Comparison:
     """a - b in points, on the seeds that both have."""
-    stored = [cell for cell in sides(claim, cells) if len(cell.runs)]
-    if len(stored) < 2:
+    both = sides(claim, cells)
+    if len(both) < 2:
         return experiments.NOTHING
-    a, b = stored
-    if claim["value_a"] == claim["value_b"] == "test":
-        return experiments.compare(done(a), done(b), store)
-
+    a, b = both
     left = a.runs.set_index("seed")[claim["value_a"]]
     right = b.runs.set_index("seed")[claim["value_b"]]
     pairs = pd.concat([left, right], axis=1, keys=["a", "b"]).dropna()
+    if len(pairs) == 0:
+        return experiments.NOTHING
     if len(pairs) > 1:
         return experiments.paired_t(pairs.a - pairs.b)
-    if len(pairs) == 1:
-        only = pairs.iloc[0] / 100
-        return on_validation(only.a, only.b, a.cfgs[0])
-    return experiments.NOTHING
+    images = TEST_IMAGES
+    if claim["value_a"] != "test":
+        images = validation_images(a)
+    return of_one_seed(pairs.a.iloc[0], pairs.b.iloc[0], images)
 
 
-def done(cell: Cell) -> list[Config]:
-    seeds = set(cell.runs.seed)
-    return [cfg for cfg in cell.cfgs if cfg.seed in seeds]
-
-
-def on_validation(a: float, b: float, cfg: Config) -> Comparison:
-    """a - b of one run each, shares of the validation images.
-
-    As if the images were two samples: those of one sample would give a narrower interval, but
-    predictions on validation are not stored.
-    """
+def validation_images(cell: Cell) -> int:
+    cfg = cell.cfgs[0]
     train = experiments.train_images(cfg)
-    n = round(train * cfg.val_fraction / (1 - cfg.val_fraction))
-    if cfg.eval_images:
-        n = min(n, cfg.eval_images)
-    counts = (round(a * n), n, round(b * n), n)
-    low, high = confint_proportions_2indep(*counts, method="wald")
-    p = float(test_proportions_2indep(*counts, method="wald").pvalue)
-    return Comparison(100 * (a - b), 100 * low, 100 * high, p, math.nan, 1, "Wald")
+    images = round(train * cfg.val_fraction / (1 - cfg.val_fraction))
+    return min(images, cfg.eval_images or images)
+
+
+def of_one_seed(a: float, b: float, images: int) -> Comparison:
+    """a - b of one run each, in % of so many images, by the normal approximation.
+
+    As if the images were two samples. Both runs see the same ones, so that the interval is too
+    wide rather than too narrow; which images a run gets right is not stored for validation.
+    """
+    difference = a - b
+    variance = a * (100 - a) + b * (100 - b)
+    error = math.sqrt(variance / images)
+    if error == 0:
+        return experiments.NOTHING
+    half = norm.ppf(0.5 + experiments.CONFIDENCE / 2) * error
+    p = 2 * norm.sf(abs(difference) / error)
+    p_equal = norm.sf((experiments.MARGIN - abs(difference)) / error)
+    return Comparison(difference, difference - half, difference + half, p, p_equal, 1,
+                      "two samples")
 
 
 # ------------------------------------------------------------------ verdicts
-Judged = dict[str, tuple[Comparison, str]]   # id -> comparison, verdict
-
-
-def judge(claims: dict[str, dict], cells: Cells, store: Store) -> Judged:
+def judge(claims: dict[str, Claim], cells: Cells) -> Judged:
     """Every comparison with its verdict: "missing", "open", "stands" or "wrong".
 
-    A claim is missing as long as a seed of either side is. "above" and "below" need a p value
-    that is small after Holm's method over the claims of the same section.
+    "above" and "below" need a p value that is small after Holm's method over the claims of the
+    same experiment.
     """
-    judged = {}
     by_section = {}
     for name, claim in claims.items():
-        by_section.setdefault(claim["a"][0], []).append(name)
+        section = claim["a"][0]
+        by_section.setdefault(section, []).append(name)
 
+    judged = {}
     for names in by_section.values():
-        found = [comparison(claims[name], cells, store) for name in names]
+        found = [comparison(claims[name], cells) for name in names]
         adjusted = experiments.holm(found)
         for name, plain, by_holm in zip(names, found, adjusted, strict=True):
-            seeds = [len(cell.cfgs) for cell in sides(claims[name], cells)]
-            expected = claims[name]["expected"]
-            if plain.seeds < max(1, min(seeds, default=1)):
-                verdict = "missing"
-            elif expected == "open":
-                verdict = "open"
-            elif stands(plain, by_holm.p, expected):
-                verdict = "stands"
-            else:
-                verdict = "wrong"
-            judged[name] = plain, verdict
+            judged[name] = plain, verdict(claims[name], plain, by_holm.p, cells)
     return judged
+
+
+def verdict(claim: Claim, found: Comparison, p: float, cells: Cells) -> str:
+    """See `judge`. A claim is missing as long as a seed of either side is."""
+    wanted = [len(cell.cfgs) for cell in sides(claim, cells)]
+    if found.seeds == 0 or found.seeds < min(wanted):
+        return "missing"
+    if claim["expected"] == "open":
+        return "open"
+    if stands(found, p, claim["expected"]):
+        return "stands"
+    return "wrong"
 
 
 def stands(found: Comparison, p: float, expected: str) -> bool:
@@ -118,4 +125,6 @@ def stands(found: Comparison, p: float, expected: str) -> bool:
         return found.low > 0 and sure
     if expected == "below":
         return found.high < 0 and sure
+    if expected == "equal":
+        return found.equivalent
     return found.low <= 0 <= found.high
