@@ -293,6 +293,17 @@ def test_an_interrupt_by_hand_is_stored_and_gone_on_from(tmp_path, monkeypatch):
         assert cut.store.result(cfg)["history"] == whole.store.result(cfg)["history"]
 
 
+def test_a_head_that_diverges_does_not_keep_the_rest_of_a_grid_from_being_trained(tmp_path,
+                                                                                  monkeypatch):
+    make_small(monkeypatch)
+    cfgs = [replace(CFG, rule="random", lr=lr) for lr in (1e30, 0.05)]
+    session = session_of(tmp_path, CFG)
+    assert train_all(cfgs, session) == []  # nothing is left to run this cell again for
+    first, second = map(session.store.result, cfgs)
+    assert (first["status"], second["status"]) == ("diverged", "finished")
+    assert "the head's own run" in first["error"]
+
+
 def test_runs_compute_with_one_thread_whatever_the_kernel_uses(tmp_path, monkeypatch):
     threads = []
     monkeypatch.setattr(experiments, "train", lambda cfg, store, *a, **o: threads.append(

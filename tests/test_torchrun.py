@@ -192,9 +192,9 @@ def test_an_error_of_the_first_rank_is_raised_on_every_rank(tmp_path):
 # ------------------------------------------------------------------ the command line
 def test_fields_follow_the_preset_as_words():
     cfg = train.configure("small", "name=mine", "lr=3e-3", "rule=random", "micro_batch=None",
-                          "algorithm=scaffold")
+                          "algorithm=scaffold", "dirichlet_alpha=0.3")
     assert cfg == replace(utils.preset("small"), name="mine", lr=3e-3, rule="random",
-                          micro_batch=None, algorithm="scaffold")
+                          micro_batch=None, algorithm="scaffold", dirichlet_alpha=0.3)
     with pytest.raises(ValueError, match="'lr' must be a field of Config with its value"):
         train.configure("small", "lr")
 
