@@ -134,8 +134,9 @@ WORDS = {
     "test": "test (%)", "start": "untrained start (%)", "lr_now": "learning rate, η",
     "dense": "all weights", "central": "one place", "fedavg": "FedAvg", "fedprox": "FedProx",
     "scaffold": "SCAFFOLD", "fedavgm": "FedAvgM", "fedadam": "FedAdam", "fedexp": "FedExP",
-    "lda": "LDA", "crop_flip": "crop and flip", "query_key": "query and key",
-    "warmup_cosine": "warm-up, cosine", "centralized": "centralised", "fedavg_iid": "FedAvg, IID"}
+    "lda": "LDA", "masked": "a tenth", "sparse": "a tenth",
+    "crop_flip": "crop and flip", "query_key": "query and key",
+    "warmup_cosine": "warm-up, cosine", "centralized": "centralised"}
 
 
 def words(name) -> str:
@@ -145,7 +146,7 @@ def words(name) -> str:
     if name in WORDS:
         return WORDS[name]
     plain = str(name).replace("centralized", "centralised").replace("_", " ")
-    return plain.replace("Nc=", "Nc = ")
+    return plain.replace("Nc=", "Nc = ").replace("Dir(", "Dirichlet (")
 
 
 def look(i: int) -> dict:
@@ -157,7 +158,7 @@ def look(i: int) -> dict:
         linestyle=DASHES[i % len(DASHES)])
 
 
-def figure(width: float = COLUMN, height: float = 2.3, **grid):
+def figure(width: float = COLUMN, height: float = 2.5, **grid):
     """(figure, axes) of `width` x `height` inches in the one style; `save_figure` shows it."""
     sns.set_theme("paper", "whitegrid", "colorblind", rc=STYLE)
     fig = Figure((width, height))
@@ -241,12 +242,12 @@ def plan(session: Session, *names: str) -> pd.DataFrame:
         searches, search_flop = searches_left(name, session)
         minutes = (flop + search_flop) / speed / session.workers / 60
         rows.append(dict(
-            section=name,
+            section=name.replace("_", " ").replace("centralized", "centralised"),
             runs=len(runs),
             stored=sum(done),
             searches_left=searches,
             minutes_left=round(minutes, 1)))
-    frame = pd.DataFrame(rows).set_index("section").rename(index=words)
+    frame = pd.DataFrame(rows).set_index("section")
     if len(names) > 1:
         frame.loc["all"] = frame.sum()
     columns = dict(searches_left="runs of searches left", minutes_left=f"minutes left, {source}")
@@ -386,7 +387,7 @@ def picture_of(cfg: Config, history: list[dict]) -> str:
     right.set(ylabel="validation top-1 (%)")
     for ax in (left, right):
         ax.set(xlabel=unit, xlim=(0, 1.02 * cfg.length))
-        ax.xaxis.get_major_locator().set_params(integer=True)
+        whole_numbers(ax)
     left.legend()
     if cfg.dataset == "synthetic":
         mark_synthetic(fig)
@@ -477,12 +478,34 @@ def test_of_start(session: Session) -> float:
     return history[history["round"] == 0].test_top1.mean()
 
 
-def legend_above(fig: Figure, ax, columns: int, title: str | None = None):
-    """One key for all axes, above them; that of `ax`."""
-    handles, labels = ax.get_legend_handles_labels()
-    if handles:
-        fig.legend(handles, labels, loc="outside upper center", ncols=columns, title=title,
-                   frameon=False)
+def legend_above(fig: Figure, columns: int, title: str | None = None):
+    """One key for all axes, above them: inside it would hide bars."""
+    found = {}
+    for ax in fig.axes:
+        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, handle)
+    if found:
+        fig.legend(found.values(), found.keys(), loc="outside upper center", ncols=columns,
+                   title=title, frameon=False)
+
+
+def tilt(ax):
+    """Long names on x, each ending at its tick."""
+    for label in ax.get_xticklabels():
+        label.set(rotation=40, ha="right", rotation_mode="anchor")
+
+
+def leave_out_collapse(ax, accuracies: Iterable[float], points: float = 12.0):
+    """Ends a y axis so far below the best: what collapses would leave no room for the others."""
+    known = [a for a in accuracies if not math.isnan(a)]
+    if known:
+        low = max(min(known) - 1, max(known) - points)
+        ax.set_ylim(low, max(known) + 1)
+
+
+def whole_numbers(ax):
+    """Ticks at whole rounds or epochs."""
+    ax.xaxis.get_major_locator().set_params(integer=True)
 
 
 def log_rates(ax):
@@ -508,7 +531,8 @@ def note_missing(session: Session, fig: Figure, *sections: str):
     """Says under the figure what it lacks, and what its bars are."""
     wanted = [cfg for s in sections for cfg in experiments._unlike(section_runs(s, session))]
     stored = [session.store.result(cfg) is not None for cfg in wanted]
-    note = "Bars: 95 % t interval over seeds." if len(session.seeds) > 1 else "One seed."
+    several = len(session.seeds) > 1 and any(SECTIONS[s].every_seed for s in sections)
+    note = "Bars: 95 % t interval over seeds." if several else "One seed."
     if not all(stored):
         note += f" {len(stored) - sum(stored)} of {len(stored)} runs are not there yet."
     fig.supxlabel(note, fontsize=6.5, color="0.3")
@@ -582,7 +606,7 @@ def draw_searches(session: Session, name: str, sections: dict[str, str]):
         log_rates(ax)
         ax.legend()
     axes[0].set_ylabel("validation top-1 (%)")
-    widen(axes[0])
+    leave_out_collapse(axes[0], pd.concat(shown.values()).val)
     save_figure(session, fig, name, "Validation accuracy against the learning rate, one line for "
                 "each value of " + ", ".join(map(words, sections.values())))
 
@@ -600,8 +624,9 @@ def draw_rates_of_grid(session: Session):
         draw_lines(ax, tried[tried.local_steps == j], "tried", "val", "sharding", order)
         ax.set_title(f"J = {j}")
         log_rates(ax)
+    leave_out_collapse(axes[0], tried.val)
     axes[0].set_ylabel("validation top-1 (%)")
-    legend_above(fig, axes[0], len(order))
+    legend_above(fig, len(order))
     save_figure(session, fig, "03_rates", "Validation accuracy against the learning rate, a line a "
                 "sharding, a panel a number of local steps")
 
@@ -623,8 +648,8 @@ def draw_centralized_curves(session: Session):
     left.set(xlabel="epoch", ylabel="cross-entropy (nats)")
     right.set(xlabel="epoch", ylabel="top-1 accuracy (%)")
     for ax in (left, right):
-        ax.xaxis.get_major_locator().set_params(integer=True)
-        ax.legend()
+        whole_numbers(ax)
+    legend_above(fig, 3)
     note_missing(session, fig, "centralized")
     save_figure(session, fig, "01_curves", "Training, validation and test loss, and validation and "
                 "test accuracy, against the epoch")
@@ -643,7 +668,7 @@ def draw_epochs(session: Session):
     ax.set_xticks(session.scale.epochs, [str(n) for n in session.scale.epochs])
     ax.minorticks_off()
     draw_start(ax, session)
-    ax.legend()
+    legend_above(fig, 3)
     save_figure(session, fig, "01_epochs", "Test and validation accuracy against the number of "
                 "epochs of the run")
 
@@ -656,15 +681,17 @@ def draw_protocol(session: Session):
     runs = found[0].assign(gain=lambda r: r.val - r.start)
     augmentations = ["none", "flip", "crop_flip"]
     kinds = [kind for kind in ("dense", "least_sensitive") if kind in set(runs["weights trained"])]
-    fig, axes = panels(len(kinds), 2.2)
+    fig, axes = panels(len(kinds), 2.6)
     for ax, kind in zip(axes, kinds, strict=True):
         part = runs[runs["weights trained"] == kind]
         draw_points(ax, part, "augmentation", "gain", "head", augmentations,
                     ["logistic", "lda", "ridge"])
         ax.axhline(0, color="0.4", linestyle=":", linewidth=1)
         ax.set_title(f"{words(kind)}" if kind == "dense" else "the least sensitive tenth")
-    axes[0].set_ylabel("gain over the untrained start (points)")
-    axes[0].legend(title="head")
+        ax.set_xlabel("augmentation")
+    axes[0].set_ylabel("gain on validation (points)")
+    legend_above(fig, 3, "head")
+    note_missing(session, fig, "protocol")
     save_figure(session, fig, "02_protocol", "Gain in validation accuracy over the untrained "
                 "start, by augmentation and head, for all weights and for a tenth")
 
@@ -678,17 +705,19 @@ def draw_fedavg_curves(session: Session):
     fig, (left, right) = figure(PAGE, 2.5, ncols=2)
     for i, length in enumerate(history.rounds.unique()):
         part = history[history.rounds == length]
-        draw_line(left, part, "round", "val_loss", i, f"validation, T = {length}")
+        draw_line(left, part, "round", "val_loss", i, f"T = {length}")
         draw_line(right, part, "round", "val_top1", i, f"T = {length}")
     draw_line(left, history[history.rounds == history.rounds.max()], "round", "train_loss", 4,
-              "clients' own batches", every=True)
+              "clients' own batches (loss)", every=True)
     ceiling = centralized_accuracy(session)
     if not math.isnan(ceiling):
         right.axhline(ceiling, color="0.2", linestyle="--", linewidth=1, label="centralised")
-    left.set(xlabel="round", ylabel="cross-entropy (nats)")
+    left.set(xlabel="round", ylabel="validation cross-entropy (nats)")
     right.set(xlabel="round", ylabel="validation top-1 (%)")
-    left.legend()
-    right.legend()
+    widen(right)
+    for ax in (left, right):
+        whole_numbers(ax)
+    legend_above(fig, 5)
     note_missing(session, fig, "fedavg_iid")
     save_figure(session, fig, "02_curves", "Loss and validation accuracy of FedAvg with IID "
                 "clients against the round")
@@ -712,6 +741,8 @@ def draw_norms(session: Session):
     draw_line(ax, history, "round", "client_norm", 0, "clients (root mean square)", every=True)
     draw_line(ax, history, "round", "mean_norm", 1, "their mean", every=True)
     ax.set(xlabel="round", ylabel="norm of the task vector")
+    ax.set_ylim(0)
+    whole_numbers(ax)
     ax.legend()
     save_figure(session, fig, "02_norms", "Norms of the clients' task vectors and of their mean")
 
@@ -727,9 +758,10 @@ def draw_grid(session: Session):
     fig, ax = figure(PAGE, 2.4)
     draw_points(ax, runs.assign(steps=j_labels(runs.local_steps)), "sharding", "test",
                 "steps", shardings, j_labels(session.scale.local_steps))
+    draw_start(ax, session)
     ax.set_ylabel("test top-1 (%)")
     widen(ax)
-    legend_above(fig, ax, 4)
+    legend_above(fig, 4)
     note_missing(session, fig, "grid")
     save_figure(session, fig, "03_grid", "Test accuracy for IID clients and for 50, 10, 5 and 1 "
                 "classes a client, with 4, 8 and 16 local steps")
@@ -748,7 +780,7 @@ def draw_grid_curves(session: Session):
         draw_lines(ax, history[history.local_steps == j], "steps", "val_top1", "sharding", order)
         ax.set(title=f"J = {j}", xlabel="local steps, J × round")
     axes[0].set_ylabel("validation top-1 (%)")
-    legend_above(fig, axes[0], len(order))
+    legend_above(fig, len(order))
     note_missing(session, fig, "grid")
     save_figure(session, fig, "03_curves", "Validation accuracy against local steps, a line a "
                 "sharding, a panel a number of local steps")
@@ -785,7 +817,9 @@ def draw_drift(session: Session):
     draw_points(right, drift, "sharding", "speed", "steps", shardings, series)
     left.set_ylabel("mean cosine of two clients")
     right.set(ylabel="norm of a task vector / η", yscale="log")
-    legend_above(fig, left, 3)
+    right.yaxis.set_major_formatter("{x:g}")
+    right.yaxis.set_minor_formatter("{x:g}")
+    legend_above(fig, 3)
     note_missing(session, fig, "grid")
     save_figure(session, fig, "03_drift", "Mean cosine between the task vectors of two clients, "
                 "and the norm of a task vector over the rate, by sharding and local steps")
@@ -853,7 +887,7 @@ def draw_six_models(session: Session):
     draw_start(ax, session)
     ax.set_ylabel("test top-1 (%)")
     widen(ax)
-    ax.legend()
+    legend_above(fig, 2)
     note_missing(session, fig, "six_models")
     save_figure(session, fig, "04_six_models", "Test accuracy of centralised, IID and non-IID "
                 "training, of all weights and of the least sensitive tenth")
@@ -876,7 +910,7 @@ def draw_sweep(session: Session, section: str, column: str, label: str, name: st
     ax.set_xticks(values, [f"{v:g}" for v in values])
     ax.minorticks_off()
     widen(ax)
-    ax.legend()
+    legend_above(fig, 2)
     note_missing(session, fig, section)
     save_figure(session, fig, name, f"Test accuracy against {label}, a line a sharding")
 
@@ -890,11 +924,14 @@ def draw_traffic(session: Session):
     history = history[history.algorithm != "centralized"].sort_values("round")
     sent = (history.bytes_up + history.bytes_down).fillna(0)
     history = history.assign(GB=sent.groupby(history.run).cumsum() / 1e9)
-    history["model"] = history.data + ", " + history["weights trained"]
-    fig, ax = figure()
-    draw_lines(ax, history[history.GB > 0], "GB", "val_top1", "model")
+    trained = history["weights trained"].map(words)
+    history["model"] = history.data.map(words) + ", " + trained
+    fig, ax = figure(height=2.6)
+    draw_lines(ax, history[history.GB > 0], "GB", "val_top1", "model", sorted(set(history.model)))
     ax.set(xscale="log", xlabel="sent up and down (GB, log scale)", ylabel="validation top-1 (%)")
-    ax.legend()
+    ax.xaxis.set_major_formatter("{x:g}")
+    widen(ax)
+    legend_above(fig, 2)
     note_missing(session, fig, "six_models")
     save_figure(session, fig, "04_traffic", "Validation accuracy against gigabytes sent, all "
                 "weights and a tenth")
@@ -913,7 +950,7 @@ def draw_rules(session: Session):
     draw_start(ax, session)
     ax.set_ylabel("test top-1 (%)")
     widen(ax)
-    legend_above(fig, ax, 4)
+    legend_above(fig, 4)
     note_missing(session, fig, "rules")
     save_figure(session, fig, "05_rules", "Test accuracy of all weights and of six rules that free "
                 "a tenth of them, each at its own rate, by sharding")
@@ -933,12 +970,9 @@ def draw_map(session: Session):
         ax.axhline(0, color="0.4", linestyle=":", linewidth=1)
         ax.set_title(words(where))
         log_rates(ax)
-    # what collapses would leave no room for what gains
-    gains = runs.gain.dropna()
-    if len(gains):
-        axes[0].set_ylim(max(gains.min() - 1, -12), gains.max() + 1)
+    leave_out_collapse(axes[0], runs.gain)
     axes[0].set_ylabel("gain on validation (points)")
-    legend_above(fig, axes[0], len(order))
+    legend_above(fig, len(order))
     save_figure(session, fig, "05_map", "Gain in validation accuracy over the untrained start "
                 "against the learning rate, a line a rule, a panel a sharding")
 
@@ -973,9 +1007,9 @@ def draw_speed_matched(session: Session):
         draw_points(ax, runs[runs.sharding == where], "rule", "test", "at",
                     list(session.scale.rules), list(runs["at"].unique()))
         ax.set_title(words(where))
-        ax.tick_params(axis="x", rotation=60)
+        tilt(ax)
     axes[0].set_ylabel("test top-1 (%)")
-    legend_above(fig, axes[0], 2)
+    legend_above(fig, 2)
     note_missing(session, fig, "speed_matched")
     save_figure(session, fig, "05_speed", "Test accuracy of rules at rates proportional to one "
                 "over the Fisher mass they free, beside rates of their own")
@@ -1000,31 +1034,31 @@ def draw_merges(session: Session):
     own = found[0]
     matched = section_frames("matched_merges", session)[0]
     matched = matched.assign(method=matched.method.str.removesuffix(", matched"))
-    matched["weights trained"] = matched["weights trained"] + AT_LENGTH
-    series = ["dense", "dense" + AT_LENGTH, "masked", "masked" + AT_LENGTH]
+    series = []
+    for kind in ("dense", "masked"):
+        shorter = f"{words(kind)}, FedAvg's length"
+        matched = matched.replace({"weights trained": {kind: shorter}})
+        series += [kind, shorter]
     fig = draw_servers(session, pd.concat([own, matched]), series)
     note_missing(session, fig, "merges", "matched_merges")
     save_figure(session, fig, "05_merges", "Test accuracy of FedAvg and of servers that merge task "
                 "vectors, on all weights and on a tenth, at their own length and at FedAvg's")
 
 
-AT_LENGTH = ", FedAvg's length"
-
-
 def draw_servers(session: Session, runs: pd.DataFrame, series: list[str]) -> Figure:
     """Methods on x, a panel a sharding; `series` are kinds of weights that are trained."""
     shardings = list(runs.sharding.unique())
     methods = list(runs.method.unique())
-    fig, axes = panels(len(shardings), 2.9)
+    fig, axes = panels(len(shardings), 2.7)
     for ax, where in zip(axes, shardings, strict=True):
         part = runs[runs.sharding == where]
         draw_points(ax, part, "method", "test", "weights trained", methods, series)
         draw_start(ax, session)
         ax.set_title(words(where))
-        ax.tick_params(axis="x", rotation=60)
+        tilt(ax)
     axes[0].set_ylabel("test top-1 (%)")
     widen(axes[0])
-    legend_above(fig, axes[0], len(series) + 1)
+    legend_above(fig, 3)
     return fig
 
 
@@ -1036,8 +1070,9 @@ def diagnoses(session: Session) -> pd.DataFrame:
     loss of other clients, over what it takes from that of its own.
     """
     rows = {}
+    images = 100 if session.preset == "demo" else 500
     for label, cfg in SECTIONS["rules"].cells(session).items():
-        found = extension.diagnose(cfg, session.store, at="start", images=500)
+        found = extension.diagnose(cfg, session.store, at="start", images=images)
         if not found:
             continue
         cosine = np.array(found["cosine"])
@@ -1110,9 +1145,10 @@ def draw_unlearning(session: Session):
     """Accuracy on a client's own classes and on all others as its task vector is subtracted."""
     where = experiments.nc_label(session.scale.rule_shardings[-1])
     cells = SECTIONS["rules"].cells(session)
+    images = 500 if session.preset == "demo" else 5000
     fig, axes = panels(2, 2.4)
     for i, rule in enumerate(("dense", "least_sensitive", "random")):
-        found = measured(extension.unlearn, cells[rule, where], session)
+        found = measured(extension.unlearn, cells[rule, where], session, images)
         for ax, part in zip(axes, ("own", "others"), strict=True):
             if found:
                 accuracies = np.array(found[part], dtype=float)
@@ -1128,10 +1164,10 @@ def draw_unlearning(session: Session):
                     "others against how often its task vector is subtracted, by rule")
 
 
-def measured(measure: Callable[..., dict], cfg: Config, session: Session) -> dict:
+def measured(measure: Callable[..., dict], cfg: Config, session: Session, images: int) -> dict:
     """What an extension's measure finds at a run's last weights; {} where these are not stored."""
     try:
-        return measure(cfg, session.store)
+        return measure(cfg, session.store, images=images)
     except ValueError as error:
         print(f"Not there yet: {error}")
         return {}
