@@ -10,7 +10,8 @@ from pathlib import Path
 from report.claims import REPORT
 from utils import ROOT
 
-SOURCES = ("report.tex", "macros.tex", "text.tex", "numbers.tex", "references.bib")
+SOURCES = ("report.tex", "macros.tex", "abstract.tex", "text.tex", "numbers.tex",
+           "references.bib")
 LONG_AGO = (1980, 1, 1, 0, 0, 0)   # one date for all files: the same bytes from the same files
 
 

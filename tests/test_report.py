@@ -22,7 +22,8 @@ from utils import CODE_SHA256, ROOT, Config, Store, preset, run_key, run_name
 from utils import to_json as json_of
 
 COMMENT = re.compile(r"(?<!\\)%.*")
-TEXT = COMMENT.sub("", (REPORT / "text.tex").read_text(encoding="utf-8"))
+TEXT = "".join(COMMENT.sub("", (REPORT / name).read_text(encoding="utf-8"))
+               for name in ("abstract.tex", "text.tex"))
 FRAME = "".join((REPORT / name).read_text(encoding="utf-8")
                 for name in ("report.tex", "macros.tex"))
 CLAIMS = claims_of.read_claims()
@@ -431,7 +432,7 @@ def built(request, written, tmp_path_factory):
         source = REPORT
     else:
         source, _ = written(request.getfixturevalue(request.param))
-    for name in ("report.tex", "macros.tex", "text.tex", "references.bib"):
+    for name in ("report.tex", "macros.tex", "abstract.tex", "text.tex", "references.bib"):
         shutil.copy(REPORT / name, folder)
     shutil.copy(source / "numbers.tex", folder)
     shutil.copytree(source / "tables", folder / "tables")
