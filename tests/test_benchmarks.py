@@ -22,6 +22,7 @@ import gpu  # noqa: E402
 import round_cost  # noqa: E402
 import scaling  # noqa: E402
 import sparse  # noqa: E402
+import workers  # noqa: E402
 
 
 @pytest.fixture
@@ -98,6 +99,26 @@ def test_sparse_rounds_are_measured_next_to_the_dense_one(monkeypatch, capsys, t
     assert skipped["round, least_sensitive"] > 0.1
     assert skipped["round, random"] == skipped["round, gradients of all"] == 0
     assert all(row["ratio"] > 0 for row in rows)
+
+
+def test_a_grid_in_processes_is_measured_next_to_one(monkeypatch, capsys, tmp_path):
+    asked = []
+    monkeypatch.setattr(workers, "train_all", lambda cfgs, session: asked.append(
+        (len({cfg.seed for cfg in cfgs}), session.workers, session.store.names("*"))) or [])
+    quick(monkeypatch, workers, tmp_path)
+    found = written(capsys, tmp_path, "workers")
+    check_rows(found)
+    assert asked == [(2, 2, []), (2, 1, [])] * 2  # from an empty folder every time
+    monkeypatch.setattr(workers, "train_all", lambda cfgs, session: cfgs)
+    with pytest.raises(RuntimeError, match="2 of 2 runs are left"):
+        quick(monkeypatch, workers, tmp_path)
+
+
+def test_make_bench_runs_every_script():
+    scripts = {f.stem for f in FOLDER.glob("*.py") if "__main__" in f.read_text(encoding="utf-8")}
+    recipe = (FOLDER.parent / "Makefile").read_text(encoding="utf-8").partition("\nbench:")[2]
+    words = recipe.partition("in ")[2].partition(";")[0].split()
+    assert set(words) == scripts - {"common"}
 
 
 @pytest.mark.parametrize(("script", "says"), [("gpu", "no GPU"), ("against_flower", "pip install")])
