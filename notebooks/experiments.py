@@ -34,6 +34,7 @@ from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from multiprocessing.connection import wait
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -659,7 +660,7 @@ def stored_rates(cfg: Config, store: Store) -> dict[float, float]:
     seed 0, in the rate alone; minus infinity for those that diverged. Sorted by rate."""
     wanted = json.loads(json.dumps(run_key(replace(cfg, seed=0))))
     scores = {}
-    for result in store.results().values():
+    for result in readable(store.results().values()):
         if result["key"] | {"lr": wanted["lr"]} == wanted:
             scores[result["key"]["lr"]] = last_accuracy(result)
     return dict(sorted(scores.items()))
@@ -1154,7 +1155,7 @@ def frames(results: Iterable[dict]) -> tuple[pd.DataFrame, pd.DataFrame]:
     val_best, test (last weights), test_top5, test_loss, test_best (best weights on validation).
     history: the rows of the results, such as train_loss, val_loss, val_top1, test_top1.
     """
-    results = list(results)
+    results = readable(results)
     runs = pd.DataFrame([_run_row(r) for r in results], columns=[
         *FIELDS, "run", "sharding", "data", "status", "seconds", "best_round", "start", "val",
         "val_best", "test", "test_top5", "test_loss", "test_best"])
@@ -1171,10 +1172,34 @@ def frames(results: Iterable[dict]) -> tuple[pd.DataFrame, pd.DataFrame]:
     return runs.astype(dict.fromkeys(numbers, float)), history
 
 
+def readable(results: Iterable[dict]) -> list[dict]:
+    """The results that have what a run writes; others, such as foreign files, are named, left out.
+    """
+    kept = []
+    for result in results:
+        try:
+            _run_row(result)
+            for row in result["history"]:
+                row["round"] + 0
+            for part in result["segments"]:
+                part["hardware"], part["code"]
+            for name in ("algorithm", "dataset", "seed", "lr"):
+                result["config"][name]
+            result["key"]["lr"]
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            warnings.warn(f"{result['run']}.json is left out, for it is no result of a run: "
+                          f"{type(error).__name__}: {error}", stacklevel=3)
+            continue
+        kept.append(result)
+    return kept
+
+
 def _about(result: dict) -> dict:
-    cfg = Config(**result["config"])
+    # no Config: that would refuse what a cell of another notebook has registered, or an old field
+    config = dict.fromkeys(FIELDS) | result["config"]
+    cfg = SimpleNamespace(**config, centralized=config["algorithm"] == "centralized")
     data = "SYNTHETIC" if cfg.dataset == "synthetic" else cfg.dataset
-    return result["config"] | dict(run=result["run"], sharding=sharding_label(cfg), data=data)
+    return config | dict(run=result["run"], sharding=sharding_label(cfg), data=data)
 
 
 def _run_row(result: dict) -> dict:
@@ -1554,12 +1579,15 @@ def throughput(preset_name: str, store: Store) -> tuple[float, str]:
     base = preset(preset_name, dataset="cifar100")
     flop = 0.0
     seconds = 0.0
-    for result in store.results().values():
+    for result in readable(store.results().values()):
         where = {part["hardware"] for part in result["segments"]}
-        cfg = result["config"]
-        same = (cfg["arch"], cfg["image_size"]) == (base.arch, base.image_size)
+        try:
+            cfg = Config(**result["config"])
+        except (TypeError, ValueError):  # of an algorithm that this process does not know
+            continue
+        same = (cfg.arch, cfg.image_size) == (base.arch, base.image_size)
         if same and where == {hardware()} and result["status"] == "finished":
-            flop += flop_of(Config(**cfg), False)
+            flop += flop_of(cfg, False)
             seconds += result["seconds"]
     if seconds > 0:
         return flop / seconds, f"measured on {hardware()}"

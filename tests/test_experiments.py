@@ -386,6 +386,34 @@ def test_results_of_other_code_are_told_and_can_be_forgotten(tmp_path):
     assert "all of this code" in code_line([BASE, other], store)
 
 
+@pytest.mark.parametrize("spoil", [
+    dict(config={}), dict(config=dict(rule="least_sensitive")), dict(history=3), dict(history=[{}]),
+    dict(key=[]), dict(segments=None)], ids=str)
+def test_a_foreign_file_among_the_results_is_named_and_left_out(tmp_path, spoil):
+    store = Store(tmp_path)
+    good = put(BASE, store, [0.3, 0.4], test=0.4)
+    foreign = put(replace(BASE, lr=0.3), store, [0.3, 0.5]) | dict(run="foreign") | spoil
+    with pytest.warns(UserWarning, match="foreign.json"):
+        runs, history = frames([good, foreign])
+    assert list(runs.run) == [run_name(BASE)]
+    assert len(history) == 2
+    store.delete(f"{run_name(replace(BASE, lr=0.3))}.json")
+    store.write("foreign.json", utils.to_json(foreign))
+    with pytest.warns(UserWarning, match="foreign.json"):
+        assert tuned(BASE, store) == BASE
+    with pytest.warns(UserWarning, match="foreign.json"):
+        assert experiments.throughput("small", store)[0] > 0
+
+
+def test_a_result_of_an_algorithm_that_is_not_registered_here_is_shown(tmp_path):
+    store = Store(tmp_path)
+    result = put(BASE, store, [0.3, 0.4])
+    result["config"] |= dict(algorithm="of_another_notebook", a_field_of_old=1)
+    runs, _ = frames([result])
+    assert list(runs.algorithm) == ["of_another_notebook"]
+    assert list(runs.sharding) == ["IID"]
+
+
 # ------------------------------------------------------------------ budget
 def test_images_of_a_run_by_hand():
     cfg = Config(num_rounds=10, eval_every=4, local_steps=3, batch_size=8, participation=0.05)
