@@ -109,7 +109,30 @@ def test_the_seed_alone_fixes_the_shards():
     for options in (dict(), dict(classes_per_client=5), dict(dirichlet_alpha=0.3)):
         a, again, other = (shard(labels, 20, seed=s, **options) for s in (0, 0, 1))
         assert all(map(np.array_equal, a, again))
+        assert all(map(np.array_equal, a, shard(labels, 20, **options)))
         assert not all(map(np.array_equal, a, other))
+
+
+def test_a_class_may_have_an_owner_for_every_image_and_no_more():
+    labels = np.repeat([0, 1], 3)
+    assert [len(s) for s in shard(labels, 6, 1)] == [1] * 6
+    with pytest.raises(ValueError, match=r"num_clients=8 with classes_per_client=1.*the 3 images"):
+        shard(np.append(labels, [1, 1]), 8, 1)
+
+
+@pytest.mark.parametrize(("clients", "nc"), [(10, 3), (10, 0), (2, 1)])
+def test_numbers_of_classes_that_cannot_be_are_refused_with_both(clients, nc):
+    labels = np.repeat([0, 1, 2] if clients == 2 else [0, 1], 10)
+    with pytest.raises(ValueError, match=f"num_clients={clients} with classes_per_client={nc}"):
+        shard(labels, clients, nc)
+
+
+def test_labels_are_a_list():
+    with pytest.raises(ValueError, match=r"labels of shape \(10, 1\)"):
+        shard(np.zeros((10, 1), int), 2)
+    for clients in (0, 11):
+        with pytest.raises(ValueError, match=f"num_clients={clients} must be 1 to"):
+            shard(np.zeros(10, int), clients)
 
 
 # ---------------------------------------------------------------- Dirichlet label skew

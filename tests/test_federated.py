@@ -291,7 +291,7 @@ def test_messages_reach_combine_and_the_server_and_are_counted(monkeypatch):
     seen = {}
 
     def message(self, run, vector, state, client, lr):
-        return {"size": torch.full((3,), float(len(run.shards[client])))}
+        return {"size": torch.full((3,), float(len(run.shards[client]) + state.round))}
 
     def combine(self, vectors, shares, messages):
         seen["combine"] = {k: m["size"][0].item() for k, m in messages.items()}
@@ -299,6 +299,7 @@ def test_messages_reach_combine_and_the_server_and_are_counted(monkeypatch):
 
     def server_step(self, state, update):
         seen["server"] = update.messages.keys()
+        seen["shares"] = update.shares
         return add(state.params, scale(update.vector, 2)), {"kept": {"a": torch.ones(1)}}
     run, start = with_hooks(monkeypatch, client_message=message, combine=combine,
                             server_step=server_step)
@@ -306,6 +307,7 @@ def test_messages_reach_combine_and_the_server_and_are_counted(monkeypatch):
     after = federated_round(run, start)
     assert seen["combine"] == {k: float(len(run.shards[k])) for k in drawn}
     assert list(seen["server"]) == drawn
+    assert seen["shares"] == utils.shares_of(run, drawn)
     assert after.algorithm_state.keys() == {"kept"}
     second = one_client(run, start, drawn[1], 0.1)[0]
     assert close(after.params, add(start.params, scale(second, 2)))
@@ -331,6 +333,9 @@ WRONG = {  # hook: what it returns, and what the error must name
         dict(server_step=lambda self, s, u: ({n: w[:1] for n, w in s.params.items()}, {})),
         r"server_step\(\).*1\.bias"),
     "server: weights alone": (dict(server_step=lambda self, s, u: s.params), r"server_step\(\)"),
+    "server: a list": (dict(server_step=lambda self, s, u: [s.params, {}]), r"server_step\(\)"),
+    "server: three things": (dict(server_step=lambda self, s, u: (s.params, {}, 1)), "a pair"),
+    "server: a list as its state": (dict(server_step=lambda self, s, u: (s.params, [])), "a pair"),
     "server: no tensors as its state": (
         dict(server_step=lambda self, s, u: (s.params, {"count": 3})), "count.*int"),
     "server: numbers in its state": (
@@ -351,6 +356,51 @@ def test_a_hook_that_returns_something_else_fails_at_once_by_name(monkeypatch, n
 
 
 # ------------------------------------------------------------------ accounting and divergence
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_clients_loss_is_the_mean_over_its_steps(steps):
+    run, start = small_run(replace(CFG, **LINEAR | dict(local_steps=steps)), [range(10)] * 4,
+                           model=linear())
+    x, y = run.data.images[:10], run.data.labels[:10]
+    losses, weights = [], start.params
+    for _ in range(steps):
+        losses.append(F.cross_entropy(torch.func.functional_call(run.model, weights, (x,)), y))
+        weights = add(weights, scale(gradient(run.model, weights, x, y), -0.5))
+    found = utils.client_update(run, start, 0, 0.5)
+    assert found.loss.item() == pytest.approx(sum(losses).item() / steps, rel=1e-5)
+    assert close(found.vector, task_vector(weights, start.params))
+
+
+def test_without_steps_nothing_moves_and_the_loss_is_zero():
+    run, start = small_run(replace(CFG, local_steps=0))
+    vector, loss = one_client(run, start, 0, 0.1)
+    assert loss == 0
+    assert all((w == 0).all() for w in vector.values())
+
+
+def test_where_nobody_answers_the_vector_is_zero():
+    """As on a rank that has none of the cohort's clients."""
+    run, start = small_run(CFG)
+    update = utils.accumulate_update(run, start, [], [])
+    assert update.vector.keys() == start.params.keys()
+    assert all((w == 0).all() for w in update.vector.values())
+    assert update.losses.shape == update.squared_norms.shape == (0,)
+
+
+def test_as_many_shares_as_answers_are_needed():
+    run, start = small_run(CFG)
+    answers = [utils.client_update(run, start, k, 0.1) for k in (0, 1)]
+    with pytest.raises(ValueError, match="shorter"):
+        utils.accumulate_update(run, start, answers, [1.0])
+
+
+def test_images_are_augmented_by_the_clients_own_draws():
+    cfg = replace(CFG, augmentation="flip")
+    run, start = small_run(cfg)
+    flipped = [one_client(run, start, k, 0.1)[0] for k in (0, 0)]
+    assert same(*flipped)
+    assert not same(flipped[0], one_client(*small_run(CFG), 0, 0.1)[0])
+
+
 def test_bytes_count_the_trainable_entries_of_the_cohort_in_float32():
     cfg = replace(CFG, participation=0.5)
     run, start = small_run(cfg)
@@ -365,6 +415,7 @@ def test_the_rows_loss_and_norms_by_hand(monkeypatch):
     fake_clients(monkeypatch, 1.0, 2.0, 3.0, -2.0)
     row = federated_round(run, start).history[0]
     assert row["train_loss"] == pytest.approx(2.5)
+    assert "lost" not in row
     assert row["mean_norm"] == pytest.approx(ENTRIES**0.5 * 1.0, rel=1e-5)
     assert row["client_norm"] == pytest.approx(ENTRIES**0.5 * (18 / 4) ** 0.5, rel=1e-5)
 
