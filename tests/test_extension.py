@@ -10,7 +10,7 @@ from helpers import CFG, close, cut, half_mask, make_small, rounds, same, small_
 
 import utils
 from notebooks import extension
-from utils import ALGORITHMS, Config, FedAvg, State, Store
+from utils import ALGORITHMS, Config, State, Store
 
 BEYOND = ["fedprox", "scaffold", "fedavgm", "fedadam", "fedexp", "sign_election",
           "sign_election_matched", "ties", "ties_matched", "fisher", "fisher_matched", "held_out",
@@ -449,69 +449,3 @@ utils.register_algorithm("mine", Mine)
         hashes.append(utils.source_sha256(cell(text, i)["Mine"]))
     assert hashes[0] == hashes[1]
     assert len(set(hashes)) == 3
-
-
-class Foreign(FedAvg):
-    def combine(self, vectors, shares, messages):
-        return {"other": vectors[0]["1.weight"]}
-
-
-class Flat(FedAvg):
-    def combine(self, vectors, shares, messages):
-        return {n: v.flatten() for n, v in vectors[0].items()}
-
-
-class Alone(FedAvg):
-    def server_step(self, state, update):
-        return state.params
-
-
-class Loose(FedAvg):
-    def server_step(self, state, update):
-        return state.params, {"count": 3}
-
-
-class Listed(FedAvg):
-    def client_message(self, run, vector, state, client, lr):
-        return [vector]
-
-
-class Numbers(FedAvg):
-    def client_message(self, run, vector, state, client, lr):
-        return {"lr": lr}
-
-
-class Lost(FedAvg):
-    def local_gradient(self, gradients, weights, state, client):
-        del gradients["1.bias"]
-
-
-class Bent(FedAvg):
-    def local_gradient(self, gradients, weights, state, client):
-        gradients["1.bias"] = torch.zeros(3)
-
-
-@pytest.mark.parametrize(("algorithm", "named"), [
-    (Foreign, r"'mine'.*combine\(\).*1\.bias"), (Flat, r"'mine'.*combine\(\).*1\.weight"),
-    (Alone, r"'mine'.*server_step\(\).*pair"), (Loose, r"'mine'.*server_step\(\).*count"),
-    (Listed, r"'mine'.*client_message\(\).*list"), (Numbers, r"'mine'.*client_message\(\).*lr"),
-    (Lost, r"'mine'.*local_gradient\(\).*1\.bias"), (Bent, r"'mine'.*local_gradient\(\).*1\.bias")])
-def test_a_hook_that_returns_something_else_fails_by_name(algorithm, named, unregister):
-    utils.register_algorithm("mine", algorithm)
-    run, state = small_run(replace(CFG, algorithm="mine"))
-    with pytest.raises(ValueError, match=named):
-        rounds(run, state, 1)
-
-
-def test_a_local_gradient_may_be_replaced(unregister):
-    class Doubled(FedAvg):
-        def local_gradient(self, gradients, weights, state, client):
-            for n in gradients:
-                gradients[n] = 2 * gradients[n]
-
-    utils.register_algorithm("mine", Doubled)
-    plain = replace(CFG, momentum=0.0, weight_decay=0.0, local_steps=1)
-    run, state = small_run(plain)
-    wanted = utils.client_update(run, state, 0, 0.2).vector
-    run, state = small_run(replace(plain, algorithm="mine"))
-    assert close(utils.client_update(run, state, 0, 0.1).vector, wanted)

@@ -263,6 +263,17 @@ def test_votes_combine_by_hand(monkeypatch):
         assert combined(monkeypatch, scores, [1, 1, 1], combine="mean", **options) == [0, 2]
 
 
+@pytest.mark.parametrize("combine", ["mean", "vote"])
+def test_a_rule_on_scores_may_draw(monkeypatch, combine):
+    def shuffled(weights, fisher, draw):
+        return {n: torch.from_numpy(draw.permutation(f.numel())).view_as(f).double()
+                for n, f in fisher.items()}
+    monkeypatch.setitem(RULES, "mine", utils.Rule(shuffled, needs_fisher=True))
+    found = {tuple(combined(monkeypatch, [[1, 1, 1, 1]], [2], rule="mine", sparsity=0.5,
+                            combine=combine, seed=seed)) for seed in range(8)}
+    assert len(found) > 1
+
+
 @pytest.mark.parametrize("rule", SENSITIVE)
 @pytest.mark.parametrize("combine", ["vote", "max"])
 def test_a_single_client_decides_alone(tiny_vit, images, rule, combine):
