@@ -511,6 +511,8 @@ def whole_numbers(ax):
 def log_rates(ax):
     ax.set_xscale("log")
     ax.set_xlabel("learning rate, η (log scale)")
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.xaxis.set_minor_formatter("")
 
 
 def frames_or_note(session: Session, name: str, section: str):
@@ -1269,7 +1271,10 @@ def range_in_words(session: Session, rule: str, where: str) -> str:
     gain, lowest, highest, _ = table.loc[rule, where]
     if not gain > 0:
         return "at none of the rates that were tried"
-    return f"at rates from {lowest:g} to {highest:g}, by {gain:.1f} points at most"
+    rates = f"rates from {lowest:g} to {highest:g}"
+    if lowest == highest:
+        rates = f"the rate {lowest:g} alone"
+    return f"at {rates}, by {gain:.1f} points at most"
 
 
 def best_merge(session: Session, kind: str, where: str) -> tuple:
@@ -1399,7 +1404,8 @@ class Panel:
         columns = ["data", "sharding", *names, "start", "val", "test", "status"]
         shown = runs[[n for n in columns if n not in ("classes_per_client", "dirichlet_alpha")]]
         body = shown.rename(columns=words).to_html(
-            index=False, float_format="{:.4g}".format, na_rep="–", border=0)
+            index=False, float_format="{:.4g}".format, na_rep="–", border=0, justify="left")
+        body = body.replace("<td>", '<td style="padding-right:1.2em">')
         self.table.value = (
             '<div style="max-height:14em;overflow:auto" tabindex="0" role="region" '
             f'aria-label="Stored runs">Stored runs: {len(runs)}{body}</div>')
