@@ -144,11 +144,25 @@ def test_query_key_stays_inside_queries_and_keys_while_they_last(tiny_vit):
 
 @pytest.mark.parametrize("wrong", [dict(rule="fisher"), dict(sparsity=-0.1), dict(sparsity=1.1),
                                    dict(sparsity=float("nan")), dict(combine="median"),
-                                   dict(rounds=0)], ids=str)
+                                   dict(rounds=0), dict(rounds=10_000), dict(damping=1.1),
+                                   dict(damping=-0.1)], ids=str)
 def test_an_invalid_option_is_a_value_error(mlp, wrong):
     options = dict(rule="least_sensitive", sparsity=0.5) | wrong
     with pytest.raises(ValueError, match=next(iter(wrong))):
         calibrate_mask(mlp, torch.randn(4, 12), **options)
+
+
+def test_frozen_weights_may_be_left_out_of_the_scoring(mlp):
+    mask = calibrate_mask(mlp, torch.randn(4, 12), rule="most_sensitive", sparsity=0.5, damping=0)
+    assert trainable(mask) == round(0.5 * sum(p.numel() for p in mlp.parameters()))
+
+
+def test_every_client_needs_a_list_of_labels(mlp):
+    options = dict(rule="least_sensitive", sparsity=0.5)
+    with pytest.raises(ValueError, match="2 clients with images have 1 lists of labels"):
+        calibrate_mask(mlp, [torch.randn(4, 12)] * 2, labels=[torch.zeros(4, dtype=int)], **options)
+    with pytest.raises(ValueError, match="some images, are needed"):
+        calibrate_mask(mlp, torch.zeros(0, 12), **options)
 
 
 # ---------------------------------------------------------------- calibration rounds
@@ -292,14 +306,14 @@ def test_every_way_to_combine_spends_exactly_the_budget(tiny_vit, images, rule, 
 
 def test_a_share_of_the_clients_scores_drawn_anew_every_round(tiny_vit, images, calls):
     clients = list(images.split(4))
-    for seed in (0, 0):
+    for seed in (0, 0, 1):
         calibrate_mask(tiny_vit, clients, rule="least_sensitive", sparsity=0.9, seed=seed,
                        participation=0.4)
     scored = [next(k for k, c in enumerate(clients) if c is x) for x, _, _ in calls]
-    rounds = [scored[i:i + 3] for i in range(0, 24, 3)]  # round(0.4 * 8) = 3 clients each
+    rounds = [scored[i:i + 3] for i in range(0, 36, 3)]  # round(0.4 * 8) = 3 clients each
     assert all(len(set(r)) == 3 for r in rounds)
     assert len({frozenset(r) for r in rounds[:4]}) > 1
-    assert rounds[:4] == rounds[4:]
+    assert rounds[:4] == rounds[4:8] != rounds[8:]
 
 
 def test_at_least_one_client_scores(tiny_vit, images, calls):

@@ -60,6 +60,13 @@ def test_samples_are_squared_one_by_one_not_as_a_batch(mlp):
         assert not torch.allclose(ours, squared, rtol=0.5)
 
 
+def test_nothing_to_score_is_refused(mlp):
+    labels = torch.zeros(2, dtype=torch.int64)
+    for images, chunk in ((torch.zeros(2, 12), 0), (torch.zeros(0, 12), 4)):
+        with pytest.raises(ValueError, match=f"chunk={chunk} and the number of images"):
+            sensitivity(mlp, images, labels[:len(images)], chunk)
+
+
 @pytest.mark.parametrize("chunk", [1, 3, 32, 100])
 def test_the_chunk_changes_nothing(tiny_vit, images, chunk):
     vit, x = tiny_vit.double(), normalize(images, (16, 16)).double()
