@@ -6,6 +6,7 @@ computed: the session's store is frozen.
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import pandas as pd
@@ -93,7 +94,17 @@ def search_of(cfg: Config, section: Section, session: Session) -> Search:
 @dataclass(frozen=True)
 class Gains:
     """What training gains on validation over the untrained start, by rate, at seed 0."""
-    points: dict[float, float]   # {rate: points}, rates ascending; minus infinity: diverged
+    courses: dict[float, list[float]]   # {rate: points at each evaluation}, rates ascending
+
+    @cached_property
+    def points(self) -> dict[float, float]:
+        """{rate: points in the end}; minus infinity for a run that diverged."""
+        return {lr: course[-1] if course else -math.inf for lr, course in self.courses.items()}
+
+    @property
+    def dip(self) -> float:
+        """The lowest point on the way at the best rate, at most the start's zero."""
+        return min(self.courses[self.best], default=-math.inf)
 
     @property
     def best(self) -> float:
@@ -138,11 +149,21 @@ def read_gains(session: Session) -> dict[tuple, Gains]:
     found = {}
     for label, cfg in SECTIONS["rules"].cells(session).items():
         like = experiments.searched_like(cfg, session)
-        tried = experiments.ladder(like, session.store)
-        if tried.start is not None:
-            points = {lr: 100 * (score - tried.start) for lr, score in tried.scores.items()}
-            found[label] = Gains(points)
+        courses = {}
+        for lr in experiments.stored_rates(like, session.store):
+            result = session.store.result(replace(like, lr=lr))
+            courses[lr] = course_of(result)
+        if any(courses.values()):
+            found[label] = Gains(courses)
     return found
+
+
+def course_of(result: dict) -> list[float]:
+    """Validation accuracy less that of the start (points), evaluation by evaluation."""
+    if result["status"] == "diverged":
+        return []
+    seen = [100 * row["val_top1"] for row in result["history"] if "val_top1" in row]
+    return [accuracy - seen[0] for accuracy in seen]
 
 
 # ------------------------------------------------------------------ interference

@@ -73,13 +73,14 @@ def cell_lines(key: str, cell: Cell) -> list[str]:
 
 
 def gain_lines(session: Session) -> list[str]:
-    """Of every rule and sharding: best gain, and what is left of it at 3 and 10 times the rate."""
+    """Of every rule and sharding: best gain, what is left of it at higher rates, the dip."""
     lines = []
     for (rule, sharding), gains in read_gains(session).items():
         key = f"{rule}/{sharding}"
         values = {
             "range": range_of(gains),
             "gain": f"{gains.points[gains.best]:+.1f}",
+            "dip": f"{gains.dip:+.1f}",
             "bestrate": f"{gains.best:g}",
         }
         for factor in (3, 10):

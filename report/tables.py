@@ -266,18 +266,19 @@ def range_of(gains: Gains) -> str:
 
 
 def map_table(shown: dict[str, dict[str, Gains]]) -> str:
-    """Best rate and its gain, gains at 3 and 10 times that rate, range of rates that gain."""
-    heads = [command("maphead", i) for i in range(1, 6)]
+    """Best rate, its gain and dip, gains at 3 and 10 times that rate, range of rates that gain."""
+    heads = [command("maphead", i) for i in range(1, 7)]
     lines = []
     for sharding, of_rules in shown.items():
         if lines:
             lines.append(["\\midrule"])
         lines.append([command("group", words(sharding))])
         for rule, gains in of_rules.items():
-            best = gains.points[gains.best]
-            higher = [signed(gains.above_best(factor)) for factor in (3, 10)]
-            lines.append([words(rule), command("rate", f"{gains.best:g}"), signed(best), *higher,
-                          range_of(gains)])
+            rate_of_best = command("rate", f"{gains.best:g}")
+            shown_points = [gains.points[gains.best], gains.above_best(3), gains.above_best(10),
+                            gains.dip]
+            points = [signed(each) for each in shown_points]
+            lines.append([words(rule), rate_of_best, *points, range_of(gains)])
     return tabular(["", *heads], lines)
 
 
@@ -285,12 +286,9 @@ def map_plot(shown: dict[str, dict[str, Gains]]) -> str:
     """Gain against rate: a panel a sharding, a line a rule; the key is in the first panel."""
     if not shown:
         return ""
-    every = [g.points[lr] for of_rules in shown.values() for g in of_rules.values()
-             for lr in g.points]
-    lowest = max(DEEPEST, min(every))
-    lines = ["\\begin{mapplot}" + f"{{{len(shown)}}}{{{lowest - 0.5:.1f}}}"]
-    names = dict.fromkeys(rule for of_rules in shown.values() for rule in of_rules)
-    key = [command("mapkey", rule.replace("_", "-"), words(rule)) for rule in names]
+    rules = dict.fromkeys(rule for of_rules in shown.values() for rule in of_rules)
+    key = [command("mapkey", style_of(rule), words(rule)) for rule in rules]
+    lines = [command("begin", "mapplot") + "".join(f"{{{end}}}" for end in map_ends(shown))]
     for sharding, of_rules in shown.items():
         lines.append(command("mappanel", words(sharding)))
         lines += key
@@ -298,9 +296,28 @@ def map_plot(shown: dict[str, dict[str, Gains]]) -> str:
         for rule, gains in of_rules.items():
             points = [f"({lr:g},{gain:.2f})" for lr, gain in gains.points.items()
                       if gain > -math.inf]
-            lines.append(command("mapline", rule.replace("_", "-"), " ".join(points)))
-    lines.append("\\end{mapplot}")
+            lines.append(command("mapline", style_of(rule), " ".join(points)))
+    lines.append(command("end", "mapplot"))
     return "\n".join(lines)
+
+
+def style_of(rule: str) -> str:
+    """The name of a line's style in macros.tex."""
+    return rule.replace("_", "-")
+
+
+def map_ends(shown: dict[str, dict[str, Gains]]) -> tuple:
+    """Number of panels, and what all of them have in common: ends of both axes."""
+    rates = []
+    points = []
+    for of_rules in shown.values():
+        for gains in of_rules.values():
+            rates += gains.points.keys()
+            points += gains.points.values()
+    lowest = max(DEEPEST, min(points)) - 0.5
+    highest = max(points) + 0.5
+    return (len(shown), f"{min(rates) / 1.5:.2g}", f"{max(rates) * 1.5:.2g}", f"{lowest:.1f}",
+            f"{highest:.1f}")
 
 
 # ------------------------------------------------------------------ all of them

@@ -182,6 +182,11 @@ def test_rows_and_columns_without_a_number_are_left_out():
     assert tables.tabular(["", "a"], [["x", ""]]) == ""
 
 
+def gains_of(points: dict[float, float]) -> Gains:
+    """Runs that went from the start to these points at once; minus infinity: diverged."""
+    return Gains({lr: [0.0, end] if end > -math.inf else [] for lr, end in points.items()})
+
+
 @pytest.mark.parametrize(("points", "expected"), [
     ([-1, 2, 3, -4], "\\range{0.03}{0.1}"),
     ([1, 2, 3, -4], "\\range{\\le 0.01}{0.1}"),
@@ -190,15 +195,17 @@ def test_rows_and_columns_without_a_number_are_left_out():
     ([-1, 2, -math.inf, 1], "\\range{0.03}{0.03}"),   # the third run diverged
 ])
 def test_the_range_of_rates_that_gain(points, expected):
-    gains = Gains(dict(zip([0.01, 0.03, 0.1, 0.3], points, strict=True)))
+    gains = gains_of(dict(zip([0.01, 0.03, 0.1, 0.3], points, strict=True)))
     assert tables.range_of(gains) == expected
 
 
 def test_what_is_left_of_a_gain_at_higher_rates():
-    gains = Gains({0.01: 1.0, 0.03: 3.0, 0.1: 2.0, 0.3: -math.inf})
+    gains = gains_of({0.01: 1.0, 0.03: 3.0, 0.1: 2.0, 0.3: -math.inf})
     assert (gains.best, gains.above_best(3), gains.above_best(10)) == (0.03, 2.0, -math.inf)
-    assert Gains({0.01: 1.0, 0.03: 1.0}).best == 0.01
-    assert Gains({0.01: 1.0}).above_best(3) is None
+    assert gains_of({0.01: 1.0, 0.03: 1.0}).best == 0.01
+    assert gains_of({0.01: 1.0}).above_best(3) is None
+    assert Gains({0.01: [0.0, -3.0, 1.0]}).dip == -3
+    assert gains.dip == 0
     assert [tables.signed(points) for points in (2.04, -math.inf, None)] == [
         "$+2.0$", "\\diverged", ""]
 
@@ -323,7 +330,7 @@ def test_what_the_text_asks_for_exists(empty):
     for command in ("test", "val", "start", "rateof"):
         assert set(used(command)) <= keys, command
     rules = {cell.key for cell in known["rules"].values()}
-    for command in ("gain", "gainthree", "gainten", "bestrate", "rangeof"):
+    for command in ("gain", "gainthree", "gainten", "dip", "bestrate", "rangeof"):
         assert set(used(command)) <= rules, command
     assert set(used("setting")) <= make_numbers.settings(empty).keys()
     of_tables = {name for names in re.findall(r"\\runtable\{\w+\}\{([\w,]+)\}", TEXT)
@@ -380,7 +387,7 @@ def typed_digits(text: str) -> list[str]:
     """Digits of the prose, less names, commands' arguments, and one-digit numbers of formulas."""
     names = r"CIFAR-100|ViT-S/16"
     commands = (r"\\(?:cite|ref|eqref|label|test|val|start|rateof|rangeof|gain|gainthree|gainten"
-                r"|bestrate|gap|interval|ifgaps|claim|claimor|setting|pending|seetable|seefig"
+                r"|dip|bestrate|gap|interval|ifgaps|claim|claimor|setting|pending|seetable|seefig"
                 r"|iftable|runtable|ifsome|plot(?:\[figure\*\])?|setlength\{\\\w+\}|vspace)"
                 r"\{[^{}]*\}")
     text = re.sub(f"{names}|{commands}", "", text)
