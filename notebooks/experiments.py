@@ -186,7 +186,7 @@ class Scale:
     rule_shardings: tuple
     map_rules: tuple               # of the map of accuracy against rate; None is dense
     map_shardings: tuple
-    map_rates: tuple[float, ...]
+    map_rungs: tuple[int, ...]     # of its rates, factors of 3 from each one's own
     consensus: tuple[tuple[str, float], ...]  # how clients' scores combine, share of the clients
     skews: tuple                   # Nc of consensus and methods
     # {field: {value: value}}: cells with the first take the rate that is searched with the second
@@ -208,7 +208,7 @@ _SMALL = Scale(
     sparsities=(0.5, 0.8, 0.9, 0.95, 0.99), calibration_rounds=(1, 2, 4, 8),
     sweep_shardings=(None, 10, 1), rules=ALL_RULES, rule_shardings=(None, 10, 5, 1),
     map_rules=(None, "least_sensitive", "most_sensitive", "random"),
-    map_shardings=(None, 10, 1), map_rates=(0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0),
+    map_shardings=(None, 10, 1), map_rungs=(-3, -2, -1, 0, 1, 2, 3),
     consensus=CONSENSUS, skews=(10, 1))
 
 # lite: a T4 for at most 10 hours. A search costs four runs, so rates are searched at a
@@ -217,7 +217,7 @@ _LITE = replace(
     _SMALL, headline=512, sweep=256, protocol=64, search=64, lengths=(512, 1024),
     epochs=(1, 2, 4, 8, 16), search_epochs=1, decays=(1e-4, 5e-4), batches=(64, 128),
     map_rules=(None, "least_sensitive", "random"), map_shardings=(None, 1),
-    map_rates=(3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1),
+    map_rungs=(-2, -1, 0, 1, 2, 3),
     stand_ins={
         "classes_per_client": {50: None, 5: 10}, "local_steps": {8: 4, 16: 4},
         "calibration_rounds": {1: 4, 2: 4, 8: 4},
@@ -233,7 +233,7 @@ _DEMO = replace(
     schedules=("cosine", "constant"),
     nc=10, sparsities=(0.5, 0.9), calibration_rounds=(1, 4), sweep_shardings=(None, 10),
     rule_shardings=(None, 1), map_rules=(None, "least_sensitive"), map_shardings=(None,),
-    map_rates=(0.03, 0.1), consensus=tuple((how, 0.1) for how, _ in CONSENSUS[:4]), skews=(5,))
+    map_rungs=(0, 1), consensus=tuple((how, 0.1) for how, _ in CONSENSUS[:4]), skews=(5,))
 
 SCALES = {"full": _FULL, "lite": _LITE, "small": _SMALL, "demo": _DEMO}
 
@@ -395,14 +395,17 @@ def rules(session: Session) -> Cells:
 
 
 def rate_map(session: Session) -> Cells:
-    """Accuracy against the rate, by rule and sharding; shares runs with the ladders."""
+    """Accuracy against the rate, around the best one of each rule and sharding, with whatever else
+    its ladder has tried."""
     scale = session.scale
     cells = {}
     for nc in scale.map_shardings:
         for rule in scale.map_rules:
             cfg = replace(session.base, rule=rule, classes_per_client=nc)
             cfg = searched_like(with_steps(cfg, scale.sweep), session)
-            for lr in scale.map_rates:
+            own = rung_of(tuned(cfg, session.store).lr)
+            rates = {rate_of(own + step) for step in scale.map_rungs}
+            for lr in sorted(rates.union(stored_rates(cfg, session.store))):
                 cells[rule_label(rule), nc_label(nc), lr] = replace(cfg, lr=lr)
     return cells
 
@@ -659,10 +662,9 @@ def stored_rates(cfg: Config, store: Store) -> dict[float, float]:
     """{rate: last validation accuracy (share of 1)} of the stored runs that differ from `cfg`, at
     seed 0, in the rate alone; minus infinity for those that diverged. Sorted by rate."""
     wanted = json.loads(json.dumps(run_key(replace(cfg, seed=0))))
-    scores = {}
-    for result in readable(store.results().values()):
-        if result["key"] | {"lr": wanted["lr"]} == wanted:
-            scores[result["key"]["lr"]] = last_accuracy(result)
+    alike = [result for result in store.results().values() if isinstance(result["key"], dict)
+             and result["key"] | {"lr": wanted["lr"]} == wanted]
+    scores = {result["key"]["lr"]: last_accuracy(result) for result in readable(alike)}
     return dict(sorted(scores.items()))
 
 

