@@ -31,6 +31,14 @@ def test_validation_is_a_stratified_share_disjoint_from_training(seed):
     assert np.bincount(labels[val]).tolist() == [1, 2, 3]
 
 
+@pytest.mark.parametrize(("labels", "share"), [
+    (np.zeros(10, int), 0.0), (np.zeros(10, int), 1.0), (np.zeros(10, int), 1.5),
+    (np.zeros((10, 1), int), 0.5), (np.zeros(0, int), 0.5)])
+def test_a_split_of_nothing_or_by_no_share_is_refused(labels, share):
+    with pytest.raises(ValueError, match=f"val_fraction={share} must lie between 0 and 1"):
+        split(labels, share, 0)
+
+
 def test_the_split_of_cifar_is_450_and_50_of_every_class():
     labels = labels_of(500)
     train, val = split(labels, 0.1, 0)
