@@ -964,7 +964,8 @@ def draw_map(session: Session):
     if found is None:
         return
     runs = found[0].assign(gain=lambda r: r.val - r.start)
-    shardings = nc_labels(session.scale.map_shardings)
+    stored = set(runs.sharding)
+    shardings = [w for w in nc_labels(session.scale.map_shardings) if w in stored]
     order = [experiments.rule_label(rule) for rule in session.scale.map_rules]
     fig, axes = panels(len(shardings), 2.6)
     for ax, where in zip(axes, shardings, strict=True):
@@ -1405,9 +1406,13 @@ class Panel:
         shown = runs[[n for n in columns if n not in ("classes_per_client", "dirichlet_alpha")]]
         body = shown.rename(columns=words).to_html(
             index=False, float_format="{:.4g}".format, na_rep="–", border=0, justify="left")
-        body = body.replace("<td>", '<td style="padding-right:1.2em">')
+        for tag in ("th", "td"):
+            style = "padding-right:1.2em;text-align:left"
+            body = body.replace(f"<{tag}>", f'<{tag} style="{style}">')
+        # as wide as the panel, however wide the table: it scrolls
+        box = "max-height:14em;overflow:auto;width:0;min-width:100%"
         self.table.value = (
-            '<div style="max-height:14em;overflow:auto" tabindex="0" role="region" '
+            f'<div style="{box}" tabindex="0" role="region" '
             f'aria-label="Stored runs">Stored runs: {len(runs)}{body}</div>')
 
     def run(self, test: bool = True):
