@@ -32,6 +32,7 @@ import torchvision
 from IPython import get_ipython
 from IPython.display import HTML, Markdown, display
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
 import utils
 from notebooks import experiments, extension
@@ -515,10 +516,13 @@ def log_rates(ax):
     ax.xaxis.set_minor_formatter("")
 
 
-def frames_or_note(session: Session, name: str, section: str):
-    """`section_frames`; None, and a note in the figure's place, where nothing is stored yet."""
+def frames_or_note(session: Session, name: str, section: str, value: str = "val"):
+    """`section_frames`; None, and a note in the figure's place, where nothing is stored yet.
+
+    What it draws is `value`: a run of a search has no accuracy on test before its turn comes.
+    """
     runs, history = section_frames(section, session)
-    if len(runs):
+    if runs[value].notna().any():
         return runs, history
     note(f"{name}: none of its {len(section_runs(section, session))} runs is stored yet")
     return None
@@ -619,7 +623,7 @@ def draw_rates_of_grid(session: Session):
     if tried.empty:
         note("03_rates: no rate is stored yet")
         return
-    steps = session.scale.local_steps
+    steps = [j for j in session.scale.local_steps if j in set(tried.local_steps)]
     order = nc_labels(session.scale.shardings)
     fig, axes = panels(len(steps), 2.5)
     for ax, j in zip(axes, steps, strict=True):
@@ -659,7 +663,7 @@ def draw_centralized_curves(session: Session):
 
 def draw_epochs(session: Session):
     """Test accuracy of whole runs of 1, 2, 4 ... epochs: does a longer run still gain?"""
-    found = frames_or_note(session, "01_epochs", "centralized_epochs")
+    found = frames_or_note(session, "01_epochs", "centralized_epochs", "test")
     if found is None:
         return
     runs = found[0]
@@ -682,7 +686,8 @@ def draw_protocol(session: Session):
         return
     runs = found[0].assign(gain=lambda r: r.val - r.start)
     augmentations = ["none", "flip", "crop_flip"]
-    kinds = [kind for kind in ("dense", "least_sensitive") if kind in set(runs["weights trained"])]
+    known = set(runs.dropna(subset="gain")["weights trained"])
+    kinds = [kind for kind in ("dense", "least_sensitive") if kind in known]
     fig, axes = panels(len(kinds), 2.6)
     for ax, kind in zip(axes, kinds, strict=True):
         part = runs[runs["weights trained"] == kind]
@@ -752,7 +757,7 @@ def draw_norms(session: Session):
 # ------------------------------------------------------------------ figures: notebook 3
 def draw_grid(session: Session):
     """Test accuracy by sharding and number of local steps."""
-    found = frames_or_note(session, "03_grid", "grid")
+    found = frames_or_note(session, "03_grid", "grid", "test")
     if found is None:
         return
     runs = found[0]
@@ -775,7 +780,7 @@ def draw_grid_curves(session: Session):
     if found is None:
         return
     history = found[1].assign(steps=lambda h: h["round"] * h.local_steps)
-    steps = session.scale.local_steps
+    steps = [j for j in session.scale.local_steps if j in set(history.local_steps)]
     order = nc_labels(session.scale.shardings)
     fig, axes = panels(len(steps), 2.5)
     for ax, j in zip(axes, steps, strict=True):
@@ -820,7 +825,7 @@ def draw_drift(session: Session):
     left.set_ylabel("mean cosine of two clients")
     right.set(ylabel="norm of a task vector / η", yscale="log")
     right.yaxis.set_major_formatter("{x:g}")
-    right.yaxis.set_minor_formatter("{x:g}")
+    right.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
     legend_above(fig, 3)
     note_missing(session, fig, "grid")
     save_figure(session, fig, "03_drift", "Mean cosine between the task vectors of two clients, "
@@ -879,7 +884,7 @@ def layer_words(layer: str) -> str:
 
 def draw_six_models(session: Session):
     """Test accuracy of {centralised, IID, non-IID} x {dense, sparse}."""
-    found = frames_or_note(session, "04_six_models", "six_models")
+    found = frames_or_note(session, "04_six_models", "six_models", "test")
     if found is None:
         return
     runs = found[0]
@@ -897,7 +902,7 @@ def draw_six_models(session: Session):
 
 def draw_sweep(session: Session, section: str, column: str, label: str, name: str):
     """Test accuracy against sparsity or calibration rounds, a line a sharding."""
-    found = frames_or_note(session, name, section)
+    found = frames_or_note(session, name, section, "test")
     if found is None:
         return
     runs = found[0]
@@ -942,7 +947,7 @@ def draw_traffic(session: Session):
 # ------------------------------------------------------------------ figures: notebook 5
 def draw_rules(session: Session):
     """Test accuracy of every mask rule at its own rate, by sharding."""
-    found = frames_or_note(session, "05_rules", "rules")
+    found = frames_or_note(session, "05_rules", "rules", "test")
     if found is None:
         return
     runs = found[0]
@@ -998,13 +1003,14 @@ def ranges_of(session: Session) -> pd.DataFrame:
 
 def draw_speed_matched(session: Session):
     """Rules at rates of equal speed beside rules at rates of their own."""
-    found = frames_or_note(session, "05_speed", "speed_matched")
+    found = frames_or_note(session, "05_speed", "speed_matched", "test")
     if found is None:
         return
     matched = found[0].assign(at="rates of equal speed")
     own = section_frames("rules", session)[0].assign(at="rates of their own")
     runs = pd.concat([own, matched])
-    shardings = nc_labels(session.scale.map_shardings)
+    known = set(runs.dropna(subset="test").sharding)
+    shardings = [where for where in nc_labels(session.scale.map_shardings) if where in known]
     fig, axes = panels(len(shardings), 2.6)
     for ax, where in zip(axes, shardings, strict=True):
         draw_points(ax, runs[runs.sharding == where], "rule", "test", "at",
@@ -1020,7 +1026,7 @@ def draw_speed_matched(session: Session):
 
 def draw_methods(session: Session):
     """Test accuracy of server algorithms, all weights and a tenth, by sharding."""
-    found = frames_or_note(session, "05_methods", "methods")
+    found = frames_or_note(session, "05_methods", "methods", "test")
     if found is None:
         return
     fig = draw_servers(session, found[0], ["dense", "masked"])
@@ -1031,7 +1037,7 @@ def draw_methods(session: Session):
 
 def draw_merges(session: Session):
     """Test accuracy of servers that merge: at rates of their own, and at FedAvg's length."""
-    found = frames_or_note(session, "05_merges", "merges")
+    found = frames_or_note(session, "05_merges", "merges", "test")
     if found is None:
         return
     own = found[0]
@@ -1050,7 +1056,7 @@ def draw_merges(session: Session):
 
 def draw_servers(session: Session, runs: pd.DataFrame, series: list[str]) -> Figure:
     """Methods on x, a panel a sharding; `series` are kinds of weights that are trained."""
-    shardings = list(runs.sharding.unique())
+    shardings = list(runs.dropna(subset="test").sharding.unique())
     methods = list(runs.method.unique())
     fig, axes = panels(len(shardings), 2.7)
     for ax, where in zip(axes, shardings, strict=True):

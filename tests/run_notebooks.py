@@ -55,11 +55,26 @@ def execute(path: Path, out: Path | None = None, html: Path | None = None,
 
 
 def write_page(notebook, path: Path):
-    """The executed notebook as one page that needs nothing else; widgets are left out."""
+    """The executed notebook as one page, without widgets and without the names of our folders."""
     notebook.metadata.pop("widgets", None)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = [kept for kept in map(without_widgets, cell.outputs) if kept]
     page, _ = HTMLExporter(embed_images=True).from_notebook_node(notebook)
+    page = page.replace(f"{ROOT}/", "").replace(str(ROOT), "this one")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")
+
+
+def without_widgets(output):
+    """A remark in the place of the panel, nothing in that of a progress bar."""
+    data = output.get("data", {})
+    if "application/vnd.jupyter.widget-view+json" not in data:
+        return output
+    if not data["text/plain"].startswith("VBox"):
+        return None
+    remark = "<p><i>Here a live notebook shows the panel.</i></p>"
+    return nbformat.v4.new_output("display_data", data={"text/html": remark})
 
 
 def literal(text: str):
