@@ -1238,7 +1238,7 @@ def versus(session: Session, section: str, a: tuple, b: tuple) -> Comparison:
 def against(found: Comparison, other: str) -> str:
     """"1.2 points above <other> (95 % interval 0.4 to 2.0)", as far as the runs tell."""
     if found.seeds == 0:
-        return f"at an accuracy not known yet against {other}"
+        return f"at an accuracy not known yet (to be held against {other})"
     interval = f"95 % interval {found.low:+.1f} to {found.high:+.1f}"
     if found.seeds == 1:
         interval += ", one seed"
@@ -1285,11 +1285,13 @@ def range_in_words(session: Session, rule: str, where: str) -> str:
 
 
 def best_merge(session: Session, kind: str, where: str) -> tuple:
-    """The label of the merge that is best on validation, FedAvg aside."""
+    """The label of the merge that is best on validation, FedAvg aside; () without any result."""
     scores = {}
     for label, cfg in SECTIONS["merges"].cells(session).items():
         if label[0] != "FedAvg" and label[1:] == (kind, where):
             scores[label] = last_accuracy(session.store.result(cfg))
+    if max(scores.values()) == -math.inf:
+        return ()
     return max(scores, key=scores.get)
 
 
