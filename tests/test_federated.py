@@ -113,6 +113,12 @@ def test_a_cohort_has_max_1_round_CK_different_clients(clients, share, size):
         assert set(chosen) <= set(range(clients))
 
 
+@pytest.mark.parametrize("share", [0, -0.1, 1.1])
+def test_a_share_that_is_none_is_refused(share):
+    with pytest.raises(ValueError, match="of the clients must lie between 0 and 1"):
+        utils.cohort_size(10, share)
+
+
 def test_cohorts_differ_by_round_and_seed():
     drawn = [tuple(cohort(100, 0.1, "cohort", s, t)) for s in range(4) for t in range(20)]
     assert len(set(drawn)) == len(drawn)

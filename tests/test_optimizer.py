@@ -112,6 +112,11 @@ def test_a_parameter_that_the_mask_does_not_name_is_a_key_error(mlp):
     SparseSGDM(mlp.named_parameters(), 0.1, mask=mask)
 
 
+def test_a_mask_of_a_foreign_parameter_is_a_key_error(mlp):
+    with pytest.raises(KeyError, match="only one of mask and weights has .'foreign'"):
+        SparseSGDM(mlp.named_parameters(), 0.1, mask=half(mlp) | {"foreign": torch.ones(1)})
+
+
 def test_a_mask_of_another_shape_is_a_value_error_that_names_both(mlp):
     for wrong in (torch.ones(16, 1), torch.ones(12), torch.tensor(1.0)):  # all would broadcast
         with pytest.raises(ValueError, match=r"0\.weight.*\(16, 12\)"):

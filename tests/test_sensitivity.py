@@ -1,4 +1,5 @@
 """The diagonal Fisher information, sample by sample, and labels drawn from the model."""
+import numpy as np
 import pytest
 import timm
 import torch
@@ -171,6 +172,14 @@ def test_labels_are_drawn_from_the_models_own_distribution():
     assert seen[3].abs() < 0.1  # what has no chance is never drawn
     chi_square = ((seen - expected).square() / expected)[P > 0].sum()
     assert chi_square < 16.3  # three degrees of freedom, p = 0.001
+
+
+def test_a_label_is_a_class_where_probabilities_add_up_to_less_than_one():
+    class AlmostOne:
+        def random(self, shape):
+            return np.full(shape, 1 - 1e-12)
+    log_p = torch.tensor([[0.5, 0.4999]]).log()
+    assert utils._draw_labels(log_p, AlmostOne()).tolist() == [1]
 
 
 def test_the_generator_alone_draws_the_labels():

@@ -71,3 +71,8 @@ def test_flat_vectors_come_back_in_their_shapes_and_order():
     assert same(unflatten(flatten(A), B), A)
     with pytest.raises((ValueError, RuntimeError)):
         unflatten(torch.zeros(4), A)
+
+
+def test_weights_of_other_shapes_are_not_added_by_broadcasting():
+    with pytest.raises(KeyError, match="'w'"):
+        add({"w": torch.ones(2)}, {"w": torch.ones(1)})
