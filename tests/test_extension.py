@@ -393,8 +393,11 @@ utils.register_algorithm("mine", Mine)
 
 @pytest.fixture
 def unregister():
+    """What a test registers goes with it, and what stood under the name comes back."""
+    before = dict(ALGORITHMS)
     yield
-    ALGORITHMS.pop("mine", None)
+    ALGORITHMS.clear()
+    ALGORITHMS.update(before)
 
 
 def test_a_cell_registers_an_algorithm_that_trains_and_resumes(unregister, tmp_path, monkeypatch):
