@@ -641,8 +641,15 @@ def searched_like(cfg: Config, session: Session) -> Config:
 
 
 def at_own_rate(cfg: Config, session: Session) -> Config:
-    """`cfg` at the best rate that is stored of its search, else at the first guess."""
-    return replace(cfg, lr=tuned(searched_like(cfg, session), session.store).lr)
+    """`cfg` at the best rate that is stored of its search, else at the first guess.
+
+    Without searches always at the guess: rates that other sections happen to try would else change
+    what a second run of the notebooks trains.
+    """
+    like = searched_like(cfg, session)
+    if not session.scale.searches:
+        return replace(cfg, lr=like.lr)
+    return replace(cfg, lr=tuned(like, session.store).lr)
 
 
 def tuned(cfg: Config, store: Store) -> Config:
