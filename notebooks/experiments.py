@@ -403,7 +403,7 @@ def rate_map(session: Session) -> Cells:
         for rule in scale.map_rules:
             cfg = replace(session.base, rule=rule, classes_per_client=nc)
             cfg = searched_like(with_steps(cfg, scale.sweep), session)
-            own = rung_of(tuned(cfg, session.store).lr)
+            own = rung_of(at_own_rate(cfg, session).lr)
             rates = {rate_of(own + step) for step in scale.map_rungs}
             for lr in sorted(rates.union(stored_rates(cfg, session.store))):
                 cells[rule_label(rule), nc_label(nc), lr] = replace(cfg, lr=lr)
