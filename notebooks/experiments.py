@@ -405,7 +405,9 @@ def rate_map(session: Session) -> Cells:
             cfg = searched_like(with_steps(cfg, scale.sweep), session)
             own = rung_of(at_own_rate(cfg, session).lr)
             rates = {rate_of(own + step) for step in scale.map_rungs}
-            for lr in sorted(rates.union(stored_rates(cfg, session.store))):
+            if scale.searches:
+                rates.update(stored_rates(cfg, session.store))
+            for lr in sorted(rates):
                 cells[rule_label(rule), nc_label(nc), lr] = replace(cfg, lr=lr)
     return cells
 
