@@ -669,12 +669,16 @@ def tuned(cfg: Config, store: Store) -> Config:
 
 def stored_rates(cfg: Config, store: Store) -> dict[float, float]:
     """{rate: last validation accuracy (share of 1)} of the stored runs that differ from `cfg`, at
-    seed 0, in the rate alone; minus infinity for those that diverged. Sorted by rate."""
+    seed 0, in the rate alone; minus infinity for those that diverged. Sorted by rate.
+
+    Of the ladder's rates alone: others answer other questions, such as matched speed, and would
+    move the own rate of what is already trained.
+    """
     wanted = json.loads(json.dumps(run_key(replace(cfg, seed=0))))
     alike = [result for result in store.results().values() if isinstance(result["key"], dict)
              and result["key"] | {"lr": wanted["lr"]} == wanted]
     scores = {result["key"]["lr"]: last_accuracy(result) for result in readable(alike)}
-    return dict(sorted(scores.items()))
+    return {lr: scores[lr] for lr in sorted(scores) if math.isclose(lr, rate_of(rung_of(lr)))}
 
 
 def last_accuracy(result: dict | None) -> float:
@@ -723,7 +727,7 @@ class Ladder:
 def ladder(cfg: Config, store: Store) -> Ladder:
     """The stored part of the search for the rate of `cfg`, and what it wants next."""
     scores = stored_rates(cfg, store)
-    rungs = {rung_of(lr): s for lr, s in scores.items() if math.isclose(lr, rate_of(rung_of(lr)))}
+    rungs = {rung_of(lr): s for lr, s in scores.items()}
     start = None
     for lr in scores:
         result = store.result(replace(cfg, seed=0, lr=lr))

@@ -247,6 +247,14 @@ def test_tuned_reads_only_runs_of_the_same_setting_at_seed_0(tmp_path):
     assert tuned(replace(BASE, seed=2, lr=0.5), store).lr == 0.03
 
 
+def test_a_rate_beside_the_ladder_is_nobodys_own_rate(tmp_path):
+    store = Store(tmp_path)
+    put(replace(BASE, lr=0.03), store, [0.3, 0.4])
+    put(replace(BASE, lr=0.0217), store, [0.3, 0.9])
+    assert tuned(BASE, store).lr == 0.03
+    assert experiments.stored_rates(BASE, store) == {0.03: 0.4}
+
+
 def test_next_rungs_brackets_and_then_wants_nothing():
     assert sorted(next_rungs({}, 0, None)) == [-1, 0, 1]
     assert next_rungs({-1: 0.2, 0: 0.3, 1: 0.1}, 0, 0.05) == []
