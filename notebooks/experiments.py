@@ -187,6 +187,7 @@ class Scale:
     map_rules: tuple               # of the map of accuracy against rate; None is dense
     map_shardings: tuple
     map_rungs: tuple[int, ...]     # of its rates, factors of 3 from each one's own
+    more_rounds: int               # times the sweeps' rounds, where their gains are small
     consensus: tuple[tuple[str, float], ...]  # how clients' scores combine, share of the clients
     skews: tuple                   # Nc of consensus and methods
     # {field: {value: value}}: cells with the first take the rate that is searched with the second
@@ -208,7 +209,7 @@ _SMALL = Scale(
     sparsities=(0.5, 0.8, 0.9, 0.95, 0.99), calibration_rounds=(1, 2, 4, 8),
     sweep_shardings=(None, 10, 1), rules=ALL_RULES, rule_shardings=(None, 10, 5, 1),
     map_rules=(None, "least_sensitive", "most_sensitive", "random"),
-    map_shardings=(None, 10, 1), map_rungs=(-3, -2, -1, 0, 1, 2, 3),
+    map_shardings=(None, 10, 1), map_rungs=(-3, -2, -1, 0, 1, 2, 3), more_rounds=4,
     consensus=CONSENSUS, skews=(10, 1))
 
 # lite: a T4 for at most 10 hours. A search costs four runs, so rates are searched at a
@@ -233,7 +234,8 @@ _DEMO = replace(
     schedules=("cosine", "constant"),
     nc=10, sparsities=(0.5, 0.9), calibration_rounds=(1, 4), sweep_shardings=(None, 10),
     rule_shardings=(None, 1), map_rules=(None, "least_sensitive"), map_shardings=(None,),
-    map_rungs=(0, 1), consensus=tuple((how, 0.1) for how, _ in CONSENSUS[:4]), skews=(5,))
+    map_rungs=(0, 1), more_rounds=2, skews=(5,),
+    consensus=tuple((how, 0.1) for how, _ in CONSENSUS[:4]))
 
 SCALES = {"full": _FULL, "lite": _LITE, "small": _SMALL, "demo": _DEMO}
 
@@ -412,6 +414,21 @@ def rate_map(session: Session) -> Cells:
     return cells
 
 
+def more_rounds(session: Session) -> Cells:
+    """Are small gains at the strongest skew a matter of rounds? Several times as many, at each
+    rule's own rate of the shorter runs and at three times that."""
+    scale = session.scale
+    cells = {}
+    for rule in scale.map_rules:
+        cfg = replace(session.base, rule=rule, classes_per_client=scale.map_shardings[-1])
+        own = at_own_rate(with_steps(cfg, scale.sweep), session)
+        longer = with_steps(own, scale.sweep * scale.more_rounds)
+        faster = replace(longer, lr=rate_of(rung_of(own.lr) + 1))
+        cells[rule_label(rule), "own rate"] = longer
+        cells[rule_label(rule), "three times that"] = faster
+    return cells
+
+
 def speed_matched(session: Session) -> Cells:
     """Rules at rates proportional to 1 / (Fisher mass freed); "random" keeps its own."""
     scale = session.scale
@@ -554,6 +571,7 @@ SECTIONS = {
     "rules": Section("05", rules, ("rule", "sharding"), keep=True),
     "rate_map": Section("05", rate_map, ("rule", "sharding", "lr"), searched=False,
                         every_seed=False, test=False),
+    "more_rounds": Section("05", more_rounds, ("rule", "rate"), searched=False, every_seed=False),
     "speed_matched": Section("05", speed_matched, ("rule", "sharding"), searched=False),
     "methods": Section("05", methods, ("method", "weights trained", "sharding")),
     "merges": Section("05", merges, ("method", "weights trained", "sharding")),

@@ -335,6 +335,7 @@ def make_tables(cells: Cells, session: Session) -> dict[str, str]:
         "rules": pivot(cells["rules"], 1, rates=True),
         "map": map_table(shown),
         "mapplot": map_plot(shown),
+        "more": pivot(cells["more_rounds"], 1, rates=True, untrained=False),
         "speed": pivot(cells["speed_matched"], 1, rates=True, untrained=False),
         "interference": interference_table(cells["rules"], session),
         "methods": pivot(reordered(cells["methods"], 0, 2, 1), 1),

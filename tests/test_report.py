@@ -387,7 +387,7 @@ def typed_digits(text: str) -> list[str]:
     """Digits of the prose, less names, commands' arguments, and one-digit numbers of formulas."""
     names = r"CIFAR-100|ViT-S/16"
     commands = (r"\\(?:cite|ref|eqref|label|test|val|start|rateof|rangeof|gain|gainthree|gainten"
-                r"|dip|bestrate|gap|interval|ifgaps|claim|claimor|setting|pending|seetable|seefig"
+                r"|dip|bestrate|gap|interval|ifgaps|ifnogaps|claim|claimor|setting|pending|seetable|seefig"
                 r"|iftable|runtable|ifsome|plot(?:\[figure\*\])?|setlength\{\\\w+\}|vspace)"
                 r"\{[^{}]*\}")
     text = re.sub(f"{names}|{commands}", "", text)
