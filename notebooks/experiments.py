@@ -188,6 +188,7 @@ class Scale:
     map_shardings: tuple
     map_rungs: tuple[int, ...]     # of its rates, factors of 3 from each one's own
     more_rounds: int               # times the sweeps' rounds, where their gains are small
+    longer_rungs: tuple[int, ...]  # of its rates, factors of 3 from those of the shorter runs
     consensus: tuple[tuple[str, float], ...]  # how clients' scores combine, share of the clients
     skews: tuple                   # Nc of consensus and methods
     # {field: {value: value}}: cells with the first take the rate that is searched with the second
@@ -210,7 +211,7 @@ _SMALL = Scale(
     sweep_shardings=(None, 10, 1), rules=ALL_RULES, rule_shardings=(None, 10, 5, 1),
     map_rules=(None, "least_sensitive", "most_sensitive", "random"),
     map_shardings=(None, 10, 1), map_rungs=(-3, -2, -1, 0, 1, 2, 3), more_rounds=4,
-    consensus=CONSENSUS, skews=(10, 1))
+    longer_rungs=(0, 1, 2, -1), consensus=CONSENSUS, skews=(10, 1))
 
 # lite: a T4 for at most 10 hours. A search costs four runs, so rates are searched at a
 # quarter of the sweeps' length, at three shardings and one J; what is shown is as long as can be.
@@ -225,7 +226,7 @@ _LITE = replace(
         "algorithm": {"fedexp": "fedavg", "fedprox": "fedavg", "scaffold": "fedavg"}})
 
 # full: at most 40 hours; an image costs 5.7 times that of lite, so the runs are shorter.
-_FULL = replace(_LITE, headline=384, sweep=192, lengths=(384, 768))
+_FULL = replace(_LITE, headline=384, sweep=192, lengths=(384, 768), more_rounds=3)
 
 # demo: every line of code in minutes; its accuracies say nothing.
 _DEMO = replace(
@@ -234,7 +235,7 @@ _DEMO = replace(
     schedules=("cosine", "constant"),
     nc=10, sparsities=(0.5, 0.9), calibration_rounds=(1, 4), sweep_shardings=(None, 10),
     rule_shardings=(None, 1), map_rules=(None, "least_sensitive"), map_shardings=(None,),
-    map_rungs=(0, 1), more_rounds=2, skews=(5,),
+    map_rungs=(0, 1), more_rounds=2, longer_rungs=(0, 1), skews=(5,),
     consensus=tuple((how, 0.1) for how, _ in CONSENSUS[:4]))
 
 SCALES = {"full": _FULL, "lite": _LITE, "small": _SMALL, "demo": _DEMO}
@@ -414,19 +415,27 @@ def rate_map(session: Session) -> Cells:
     return cells
 
 
-def more_rounds(session: Session) -> Cells:
-    """Are small gains at the strongest skew a matter of rounds? Several times as many, at each
-    rule's own rate of the shorter runs and at three times that."""
+def longer_rates(session: Session) -> Cells:
+    """Are small gains at the strongest skew a matter of rounds? Several times as many, at rates
+    around each rule's own of the shorter runs."""
     scale = session.scale
     cells = {}
-    for rule in scale.map_rules:
-        cfg = replace(session.base, rule=rule, classes_per_client=scale.map_shardings[-1])
-        own = at_own_rate(with_steps(cfg, scale.sweep), session)
-        longer = with_steps(own, scale.sweep * scale.more_rounds)
-        faster = replace(longer, lr=rate_of(rung_of(own.lr) + 1))
-        cells[rule_label(rule), "own rate"] = longer
-        cells[rule_label(rule), "three times that"] = faster
+    for step in scale.longer_rungs:
+        for rule in scale.map_rules:
+            cfg = replace(session.base, rule=rule, classes_per_client=scale.map_shardings[-1])
+            own = at_own_rate(with_steps(cfg, scale.sweep), session)
+            lr = rate_of(rung_of(own.lr) + step)
+            cells[rule_label(rule), lr] = replace(
+                with_steps(own, scale.sweep * scale.more_rounds), lr=lr)
     return cells
+
+
+def longer(session: Session) -> Cells:
+    """The rules at the strongest skew with more rounds, each at the best of these rates."""
+    candidates = {}
+    for (rule, _), cfg in longer_rates(session).items():
+        candidates.setdefault((rule,), []).append(cfg)
+    return {label: best(cfgs, session.store) for label, cfgs in candidates.items()}
 
 
 def speed_matched(session: Session) -> Cells:
@@ -571,7 +580,9 @@ SECTIONS = {
     "rules": Section("05", rules, ("rule", "sharding"), keep=True),
     "rate_map": Section("05", rate_map, ("rule", "sharding", "lr"), searched=False,
                         every_seed=False, test=False),
-    "more_rounds": Section("05", more_rounds, ("rule", "rate"), searched=False, every_seed=False),
+    "longer_rates": Section("05", longer_rates, ("rule", "lr"), searched=False, every_seed=False,
+                            test=False),
+    "longer": Section("05", longer, ("rule",), searched=False),
     "speed_matched": Section("05", speed_matched, ("rule", "sharding"), searched=False),
     "methods": Section("05", methods, ("method", "weights trained", "sharding")),
     "merges": Section("05", merges, ("method", "weights trained", "sharding")),

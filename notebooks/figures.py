@@ -510,10 +510,21 @@ def whole_numbers(ax):
 
 
 def log_rates(ax):
+    log_axis(ax, "learning rate, η (log scale)")
+
+
+def log_axis(ax, label: str):
+    """A logarithmic x axis with plain numbers."""
     ax.set_xscale("log")
-    ax.set_xlabel("learning rate, η (log scale)")
+    ax.set_xlabel(label)
     ax.xaxis.set_major_formatter("{x:g}")
     ax.xaxis.set_minor_formatter("")
+
+
+def stored_labels(runs: pd.DataFrame, shardings: Iterable, value: str) -> list[str]:
+    """The labels of those shardings of which a run with this value is stored."""
+    known = set(runs.dropna(subset=value).sharding)
+    return [where for where in nc_labels(shardings) if where in known]
 
 
 def frames_or_note(session: Session, name: str, section: str, value: str = "val"):
@@ -951,7 +962,7 @@ def draw_rules(session: Session):
     if found is None:
         return
     runs = found[0]
-    shardings = nc_labels(session.scale.rule_shardings)
+    shardings = stored_labels(runs, session.scale.rule_shardings, "test")
     fig, ax = figure(PAGE, 2.6)
     draw_points(ax, runs, "sharding", "test", "rule", shardings, ["dense", *session.scale.rules])
     draw_start(ax, session)
@@ -968,21 +979,45 @@ def draw_map(session: Session):
     found = frames_or_note(session, "05_map", "rate_map")
     if found is None:
         return
-    runs = found[0].assign(gain=lambda r: r.val - r.start)
-    stored = set(runs.sharding)
-    shardings = [w for w in nc_labels(session.scale.map_shardings) if w in stored]
-    order = [experiments.rule_label(rule) for rule in session.scale.map_rules]
-    fig, axes = panels(len(shardings), 2.6)
-    for ax, where in zip(axes, shardings, strict=True):
-        draw_lines(ax, runs[runs.sharding == where], "lr", "gain", "rule", order)
-        ax.axhline(0, color="0.4", linestyle=":", linewidth=1)
-        ax.set_title(words(where))
+    fig, axes = draw_gains(session, found[0], "lr")
+    for ax in axes:
         log_rates(ax)
-    leave_out_collapse(axes[0], runs.gain)
-    axes[0].set_ylabel("gain on validation (points)")
-    legend_above(fig, len(order))
+    note_missing(session, fig, "rate_map")
     save_figure(session, fig, "05_map", "Gain in validation accuracy over the untrained start "
                 "against the learning rate, a line a rule, a panel a sharding")
+
+
+def draw_map_by_length(session: Session):
+    """The same runs against the length of a client's first task vector: what a rule gains when all
+    move equally far."""
+    found = frames_or_note(session, "05_map_by_length", "rate_map")
+    if found is None:
+        return
+    runs, history = found
+    first = history[history["round"] == 1].drop_duplicates("run").set_index("run").client_norm
+    fig, axes = draw_gains(session, runs.assign(length=runs.run.map(first)), "length")
+    for ax in axes:
+        log_axis(ax, "length of τ, round 1 (log scale)")
+    note_missing(session, fig, "rate_map")
+    save_figure(session, fig, "05_map_by_length", "Gain in validation accuracy over the untrained "
+                "start against the length of a client's first task vector, a line a rule, a panel "
+                "a sharding")
+
+
+def draw_gains(session: Session, runs: pd.DataFrame, x: str):
+    """(figure, axes): gain over the untrained start against `x`, a panel a sharding."""
+    runs = runs.assign(gain=runs.val - runs.start)
+    shardings = stored_labels(runs, session.scale.map_shardings, "val")
+    order = ["dense", *session.scale.rules]   # of all, so that a rule looks the same everywhere
+    fig, axes = panels(len(shardings), 2.6)
+    for ax, where in zip(axes, shardings, strict=True):
+        draw_lines(ax, runs[runs.sharding == where], x, "gain", "rule", order)
+        ax.axhline(0, color="0.4", linestyle=":", linewidth=1)
+        ax.set_title(words(where))
+    leave_out_collapse(axes[0], runs.gain)
+    axes[0].set_ylabel("gain on validation (points)")
+    legend_above(fig, len(session.scale.map_rules))
+    return fig, axes
 
 
 def ranges_of(session: Session) -> pd.DataFrame:
@@ -1009,8 +1044,7 @@ def draw_speed_matched(session: Session):
     matched = found[0].assign(at="rates of equal speed")
     own = section_frames("rules", session)[0].assign(at="rates of their own")
     runs = pd.concat([own, matched])
-    known = set(runs.dropna(subset="test").sharding)
-    shardings = [where for where in nc_labels(session.scale.map_shardings) if where in known]
+    shardings = stored_labels(runs, session.scale.map_shardings, "test")
     fig, axes = panels(len(shardings), 2.6)
     for ax, where in zip(axes, shardings, strict=True):
         draw_points(ax, runs[runs.sharding == where], "rule", "test", "at",

@@ -5,7 +5,7 @@ computed: the session's store is frozen.
 """
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -95,6 +95,8 @@ def search_of(cfg: Config, section: Section, session: Session) -> Search:
 class Gains:
     """What training gains on validation over the untrained start, by rate, at seed 0."""
     courses: dict[float, list[float]]   # {rate: points at each evaluation}, rates ascending
+    # {rate: length of a client's task vector in the first round, mean over the cohort}
+    lengths: dict[float, float] = field(default_factory=dict)
 
     @cached_property
     def points(self) -> dict[float, float]:
@@ -119,6 +121,11 @@ class Gains:
     @property
     def highest(self) -> float | None:
         return self._last_gaining(self.points)
+
+    @property
+    def reach(self) -> float | None:
+        """The length of a client's first task vector at the highest of the rates that gain."""
+        return self.lengths.get(self.highest)
 
     def _last_gaining(self, rates: Iterable[float]) -> float | None:
         """How far one can go from the best rate, in this order of rates, before gains end."""
@@ -150,11 +157,13 @@ def read_gains(session: Session) -> dict[tuple, Gains]:
     for label, cfg in SECTIONS["rules"].cells(session).items():
         like = experiments.searched_like(cfg, session)
         courses = {}
+        lengths = {}
         for lr in experiments.stored_rates(like, session.store):
             result = session.store.result(replace(like, lr=lr))
             courses[lr] = course_of(result)
+            lengths |= {lr: row["client_norm"] for row in result["history"] if row["round"] == 1}
         if any(courses.values()):
-            found[label] = Gains(courses)
+            found[label] = Gains(courses, lengths)
     return found
 
 

@@ -83,6 +83,8 @@ def gain_lines(session: Session) -> list[str]:
             "dip": f"{gains.dip:+.1f}",
             "bestrate": f"{gains.best:g}",
         }
+        if gains.reach is not None:
+            values["reach"] = f"{gains.reach:.2g}"
         for factor in (3, 10):
             points = gains.above_best(factor)
             if points is not None:

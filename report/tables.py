@@ -283,22 +283,36 @@ def map_table(shown: dict[str, dict[str, Gains]]) -> str:
 
 
 def map_plot(shown: dict[str, dict[str, Gains]]) -> str:
-    """Gain against rate: a panel a sharding, a line a rule; the key is in the first panel."""
+    """Gain against the rate, and below it against the length of a client's first task vector.
+
+    A column a sharding, a line a rule; the key is in the first panel.
+    """
     if not shown:
         return ""
     rules = dict.fromkeys(rule for of_rules in shown.values() for rule in of_rules)
-    key = [command("mapkey", style_of(rule), words(rule)) for rule in rules]
     lines = [command("begin", "mapplot") + "".join(f"{{{end}}}" for end in map_ends(shown))]
-    for sharding, of_rules in shown.items():
-        lines.append(command("mappanel", words(sharding)))
-        lines += key
-        key = []
-        for rule, gains in of_rules.items():
-            points = [f"({lr:g},{gain:.2f})" for lr, gain in gains.points.items()
-                      if gain > -math.inf]
-            lines.append(command("mapline", style_of(rule), " ".join(points)))
+    for sharding in shown:
+        lines.append(command("ratepanel", words(sharding)))
+        if sharding == next(iter(shown)):
+            lines += [command("mapkey", style_of(rule), words(rule)) for rule in rules]
+        lines += map_lines(shown[sharding], lambda gains: {lr: lr for lr in gains.points})
+    for of_rules in shown.values():
+        lines.append("\\lengthpanel")
+        lines += map_lines(of_rules, lambda gains: gains.lengths)
     lines.append(command("end", "mapplot"))
     return "\n".join(lines)
+
+
+def map_lines(of_rules: dict[str, Gains], place: Callable[[Gains], dict[float, float]]
+              ) -> list[str]:
+    """A line a rule: points gained, at the place on the x axis of the rates that have one."""
+    lines = []
+    for rule, gains in of_rules.items():
+        at = place(gains)
+        points = [f"({at[lr]:.4g},{gain:.2f})" for lr, gain in gains.points.items()
+                  if gain > -math.inf and lr in at]
+        lines.append(command("mapline", style_of(rule), " ".join(points)))
+    return lines
 
 
 def style_of(rule: str) -> str:
@@ -307,17 +321,21 @@ def style_of(rule: str) -> str:
 
 
 def map_ends(shown: dict[str, dict[str, Gains]]) -> tuple:
-    """Number of panels, and what all of them have in common: ends of both axes."""
+    """Number of columns; then what all panels have in common, the ends of their axes: rates,
+    gains, lengths."""
     rates = []
     points = []
+    lengths = []
     for of_rules in shown.values():
         for gains in of_rules.values():
             rates += gains.points.keys()
             points += gains.points.values()
+            lengths += gains.lengths.values()
     lowest = max(DEEPEST, min(points)) - 0.5
     highest = max(points) + 0.5
+    ends_of_lengths = [f"{min(lengths) / 1.5:.2g}", f"{max(lengths) * 1.5:.2g}"] if lengths else []
     return (len(shown), f"{min(rates) / 1.5:.2g}", f"{max(rates) * 1.5:.2g}", f"{lowest:.1f}",
-            f"{highest:.1f}")
+            f"{highest:.1f}", *(ends_of_lengths or ["0.1", "10"]))
 
 
 # ------------------------------------------------------------------ all of them
@@ -335,7 +353,7 @@ def make_tables(cells: Cells, session: Session) -> dict[str, str]:
         "rules": pivot(cells["rules"], 1, rates=True),
         "map": map_table(shown),
         "mapplot": map_plot(shown),
-        "more": pivot(cells["more_rounds"], 1, rates=True, untrained=False),
+        "longer": longer_table(cells["longer"]),
         "speed": pivot(cells["speed_matched"], 1, rates=True, untrained=False),
         "interference": interference_table(cells["rules"], session),
         "methods": pivot(reordered(cells["methods"], 0, 2, 1), 1),

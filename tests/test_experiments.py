@@ -180,19 +180,22 @@ def test_stand_ins_share_one_search(tmp_path, monkeypatch):
     assert {cfg.lr for cfg in section_runs("grid", session)} == {0.1}
 
 
-def test_more_rounds_are_at_the_shorter_runs_own_rate_and_three_times_that(tmp_path):
+def test_longer_runs_take_the_best_of_rates_around_the_shorter_runs_own(tmp_path):
     session = session_of(tmp_path)
     scale = session.scale
     short = experiments.with_steps(
         replace(session.base, rule="random", classes_per_client=1), scale.sweep)
     put(replace(short, lr=0.3), session.store, [0.3, 0.5])
     put(replace(short, lr=0.1), session.store, [0.3, 0.4])
-    cells = SECTIONS["more_rounds"].cells(session)
-    for rate, lr in (("own rate", 0.3), ("three times that", 1.0)):
-        cfg = cells["random", rate]
-        assert cfg.lr == lr
+    tried = {label: cfg for label, cfg in SECTIONS["longer_rates"].cells(session).items()
+             if label[0] == "random"}
+    assert [lr for _, lr in tried] == [0.3, 1.0, 3.0, 0.1]
+    assert SECTIONS["longer"].cells(session)["random",] == tried["random", 0.3]
+    for (_, lr), cfg in tried.items():
         assert cfg.num_rounds == 4 * short.num_rounds
         assert cfg == replace(short, lr=lr, num_rounds=cfg.num_rounds, eval_every=cfg.eval_every)
+        put(cfg, session.store, [0.3, 0.6 if lr == 1.0 else 0.5])
+    assert SECTIONS["longer"].cells(session)["random",] == tried["random", 1.0]
 
 
 def test_speed_matched_rates_are_inverse_to_the_fisher_mass(tmp_path, monkeypatch):

@@ -65,6 +65,7 @@ DRAWN = [
     (figures.draw_composition, "calibration", "04_composition"),
     (figures.draw_rules, "rules", "05_rules"),
     (figures.draw_map, "rate_map", "05_map"),
+    (figures.draw_map_by_length, "rate_map", "05_map_by_length"),
     (figures.draw_speed_matched, "speed_matched", "05_speed"),
     (figures.draw_methods, "methods", "05_methods"),
     (figures.draw_merges, "merges", "05_merges"),

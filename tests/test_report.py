@@ -222,9 +222,16 @@ def test_the_map_has_all_rates_that_were_tried(tmp_path):
     assert list(points) == [0.03, 0.1, 0.3, 10.0]
     best = 100 * (accuracy_of(like) - 0.35)
     assert list(points.values()) == pytest.approx([3, best, 3, -30])
-    plot = tables.map_plot(tables.on_map(gains, session))
-    assert "(0.03,3.00)" in plot
-    assert "(10,-30.00)" in plot
+    by_rate, by_length = tables.map_plot(tables.on_map(gains, session)).split("\\lengthpanel")
+    assert "(0.03,3.00)" in by_rate
+    assert "(10,-30.00)" in by_rate
+    assert by_length.count("(1,3.00)") == 2   # all of these runs' first vectors have length 1
+
+
+def test_the_reach_is_the_first_vectors_length_at_the_highest_rate_that_gains():
+    gains = Gains({0.1: [0.0, 2.0], 0.3: [0.0, 1.0], 1.0: [0.0, -1.0]}, {0.1: 4.0, 0.3: 9.0})
+    assert gains.reach == 9.0
+    assert Gains({0.1: [0.0, -2.0]}, {0.1: 4.0}).reach is None
 
 
 # ------------------------------------------------------------------ claims
@@ -330,7 +337,7 @@ def test_what_the_text_asks_for_exists(empty):
     for command in ("test", "val", "start", "rateof"):
         assert set(used(command)) <= keys, command
     rules = {cell.key for cell in known["rules"].values()}
-    for command in ("gain", "gainthree", "gainten", "dip", "bestrate", "rangeof"):
+    for command in ("gain", "gainthree", "gainten", "dip", "bestrate", "rangeof", "reach"):
         assert set(used(command)) <= rules, command
     assert set(used("setting")) <= make_numbers.settings(empty).keys()
     of_tables = {name for names in re.findall(r"\\runtable\{\w+\}\{([\w,]+)\}", TEXT)
@@ -387,7 +394,7 @@ def typed_digits(text: str) -> list[str]:
     """Digits of the prose, less names, commands' arguments, and one-digit numbers of formulas."""
     names = r"CIFAR-100|ViT-S/16"
     commands = (r"\\(?:cite|ref|eqref|label|test|val|start|rateof|rangeof|gain|gainthree|gainten"
-                r"|dip|bestrate|gap|interval|ifgaps|ifnogaps|claim|claimor|setting|pending|seetable|seefig"
+                r"|dip|bestrate|reach|gap|interval|ifgaps|ifnogaps|claim|claimor|setting|pending|seetable|seefig"
                 r"|iftable|runtable|ifsome|plot(?:\[figure\*\])?|setlength\{\\\w+\}|vspace)"
                 r"\{[^{}]*\}")
     text = re.sub(f"{names}|{commands}", "", text)
