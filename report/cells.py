@@ -161,7 +161,9 @@ def read_gains(session: Session) -> dict[tuple, Gains]:
         for lr in experiments.stored_rates(like, session.store):
             result = session.store.result(replace(like, lr=lr))
             courses[lr] = course_of(result)
-            lengths |= {lr: row["client_norm"] for row in result["history"] if row["round"] == 1}
+            for row in result["history"]:
+                if row["round"] == 1:
+                    lengths[lr] = row["client_norm"]
         if any(courses.values()):
             found[label] = Gains(courses, lengths)
     return found

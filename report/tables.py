@@ -214,6 +214,15 @@ def lengths_table(cells: dict[tuple, Cell]) -> str:
     return tabular(["\\lengthname", "\\valname", "\\testname", "\\nearname"], lines)
 
 
+def longer_table(cells: dict[tuple, Cell]) -> str:
+    """Rules, each at the best rate that was tried, with its accuracies."""
+    lines = []
+    for (rule,), cell in cells.items():
+        if len(cell.runs):
+            lines.append([words(rule), rate(cell), val(cell), test(cell)])
+    return tabular(["", "\\ratename", "\\valname", "\\testname"], lines)
+
+
 def interference_table(cells: dict[tuple, Cell], session: Session) -> str:
     rules = list(dict.fromkeys(rule for rule, _ in cells))
     shardings = list(dict.fromkeys(sharding for _, sharding in cells))
