@@ -180,7 +180,8 @@ def test_stand_ins_share_one_search(tmp_path, monkeypatch):
     assert {cfg.lr for cfg in section_runs("grid", session)} == {0.1}
 
 
-def test_longer_runs_take_the_best_of_rates_around_the_shorter_runs_own(tmp_path):
+def test_longer_runs_take_the_best_of_rates_around_the_shorter_runs_own(tmp_path, monkeypatch):
+    monkeypatch.setitem(SCALES, "small", replace(SCALES["small"], longer_rungs=(0, 1, 2, -1)))
     session = session_of(tmp_path)
     scale = session.scale
     short = experiments.with_steps(
