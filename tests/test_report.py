@@ -310,6 +310,18 @@ def test_the_report_follows_from_the_results_here(tmp_path):
     assert new == old, "results/ and report/ differ: make report"
 
 
+def test_the_differences_in_the_readme_are_the_reports():
+    number = r"([+−]\d+\.\d)"
+    gap = re.compile(rf"{number} \({number} to {number}\)(¹?)")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").replace("\n", " ")
+    numbers = (REPORT / "numbers.tex").read_text(encoding="utf-8").replace("-", "−")
+    setgap = re.compile(rf"\\setgap\{{.*?\}}\{{{number}\}}\{{{number}\}}\{{{number}\}}\{{(\d)\}}")
+    reported = {(*found[:3], "¹" if found[3] == "1" else "") for found in setgap.findall(numbers)}
+    stated = gap.findall(readme)
+    assert stated
+    assert [found for found in stated if found not in reported] == []
+
+
 def test_numbers_say_of_which_runs_they_are(tmp_path):
     session = session_in(tmp_path)
     before = make_numbers.stamp(session)
