@@ -7,7 +7,7 @@ from helpers import CFG, make_small
 
 import utils
 from notebooks import experiments, figures
-from notebooks.experiments import open_session
+from notebooks.experiments import open_session, train_all
 from notebooks.figures import panel
 from utils import run_name
 
@@ -92,6 +92,17 @@ def test_the_status_follows_the_choice_and_is_announced(session):
     chosen.controls["seed"].value = 0
     assert "4 of 4 rounds stored, nothing to run" in shown(chosen)
     assert f"test {100 * result['test']['top1']:.1f} %" in shown(chosen)
+
+
+def test_a_longer_run_along_a_schedule_that_ends_is_said_to_be_another(session):
+    train_all([START], session)
+    longer = replace(START, num_rounds=6)
+    said = figures.status_of(longer, session)
+    assert "0 of 6 rounds stored, will run 6" in said
+    assert "The stored run of 4 rounds is another run: its cosine schedule has ended" in said
+    assert "another run" not in figures.status_of(replace(longer, seed=1), session)
+    train_all([replace(START, schedule="constant")], session)
+    assert "another run" not in figures.status_of(replace(longer, schedule="constant"), session)
 
 
 def test_running_stops_cleanly_and_goes_on(session, monkeypatch, capsys):
