@@ -70,6 +70,11 @@ def main():
              if Path(name).stem != GROWS]
     assert not wrong, f"a second run drew otherwise: {wrong}"
 
+    drawn = contents(FIGURES, "png", "pdf", "csv")
+    execute(NOTEBOOKS[2])
+    wrong = changed(drawn, contents(FIGURES, "png", "pdf", "csv"))
+    assert not wrong, f"a third run drew otherwise: {wrong}"
+
     delete_a_quarter(names)
     rerun()
     wrong = changed(timeless(stored), timeless(contents(RESULTS, "json", "npy")))
