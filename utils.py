@@ -1036,6 +1036,18 @@ def check_tensors(what: str, found: Params):
         raise ValueError(f"{what} must be tensors by name; it has {wrong}")
 
 
+def pack_mask(mask: Params) -> Tensor:
+    """A mask's entries as bits, eight a byte: uint8."""
+    return torch.from_numpy(np.packbits(flatten(mask).cpu().numpy()))
+
+
+def unpack_mask(packed: Tensor, like: Params) -> Params:
+    """The inverse of `pack_mask`, with the names, shapes and device of `like`."""
+    count = sum(w.numel() for w in like.values())
+    bits = torch.from_numpy(np.unpackbits(packed.cpu().numpy(), count=count)).bool()
+    return unflatten(bits.to(next(iter(like.values())).device), like)
+
+
 def trainable_per_layer(mask: Params) -> dict[str, list[int]]:
     """[trainable, all] entries of a ViT's mask per kind of layer; query, key and value apart."""
     counts = {}
@@ -2095,8 +2107,7 @@ class Store:
         if run.mask:
             # With the mask's bits inside, a lost cache or a calibration that comes out otherwise on
             # another machine cannot put weights into wrong places.
-            bits = flatten(run.mask).cpu().numpy()
-            tensors["mask:"] = torch.from_numpy(np.packbits(bits))
+            tensors["mask:"] = pack_mask(run.mask)
             tensors |= {f"head:{n}": run.model.get_parameter(n).detach() for n in HEAD}
 
         card = dict(
@@ -2197,14 +2208,18 @@ def to_json(value: dict) -> bytes:
     return json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False).encode()
 
 
+# What every result has, of which type; a JSON file without them was not written by a run.
+RESULT_FIELDS = {"run": str, "key": dict, "status": str, "config": dict, "history": list}
+
+
 def _parse_result(path: Path) -> dict | None:
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
-        missing = {"run", "key", "status", "config", "history"} - set(result)
-        if missing:
-            raise ValueError(f"it has no {sorted(missing)}")
+        for name, kind in RESULT_FIELDS.items():
+            if not isinstance(result.get(name), kind):
+                raise ValueError(f"its {name!r} is no {kind.__name__}: {result.get(name)!r:.80}")
         return result
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         warnings.warn(f"{path} is no result of a run and left out: {error}", stacklevel=3)
         return None
 
@@ -2240,7 +2255,9 @@ def open_run(cfg: Config, store: Store | None = None, head: Params | None = None
 
     saved = store.newest_checkpoint(cfg) if store else None
     if saved is None and store and cfg.schedule == "constant":
-        saved = _shorter_checkpoint(cfg, store)
+        # at a constant rate a longer run only goes on from where a shorter one ended
+        ended = (store.newest_checkpoint(other) for other in shorter_runs(cfg, store))
+        saved = next(filter(None, ended), None)
     if saved is not None:
         card, tensors = saved
         if card["backbone"] != provenance["backbone_sha256"]:
@@ -2248,7 +2265,8 @@ def open_run(cfg: Config, store: Store | None = None, head: Params | None = None
                              f"{cfg.weights!r} has SHA-256 {provenance['backbone_sha256']}, then "
                              f"{card['backbone']}. Put the old file back, or choose another name.")
         head = {n: tensors[f"head:{n}"] for n in HEAD if f"head:{n}" in tensors} or head
-        mask = _saved_mask(tensors, maskable(model)) or mask
+        if "mask:" in tensors:
+            mask = unpack_mask(tensors["mask:"], maskable(model))
 
     # The head first: the mask is calibrated with it.
     if cfg.head != "probe":
@@ -2374,15 +2392,6 @@ def mask_provenance(cfg: Config, mask: Params) -> dict:
     )
 
 
-def _saved_mask(tensors: Params, like: Params) -> Params | None:
-    if "mask:" not in tensors:
-        return None
-    count = sum(w.numel() for w in like.values())
-    bits = np.unpackbits(tensors["mask:"].cpu().numpy(), count=count)
-    where = next(iter(like.values())).device
-    return unflatten(torch.from_numpy(bits).bool().to(where), like)
-
-
 def _saved_state(run: Run, start: State, card: dict, tensors: Params) -> State:
     """The State of a checkpoint; ValueError where its tensors are not those of the run."""
     groups = {}
@@ -2420,18 +2429,18 @@ def _saved_state(run: Run, start: State, card: dict, tensors: Params) -> State:
     )
 
 
-def _shorter_checkpoint(cfg: Config, store: Store) -> tuple[dict, Params] | None:
-    """The checkpoint of the longest run that only ended earlier: at a constant rate it goes on."""
+def shorter_runs(cfg: Config, store: Store) -> list[Config]:
+    """The finished runs that differ from this one in being shorter only, the longest first."""
     length = "num_epochs" if cfg.centralized else "num_rounds"
     asked = run_key(cfg)
-    shorter = [result for result in store.results().values()
-               if result["status"] == "finished" and result["config"][length] < cfg.length
-               and result["key"] | {length: cfg.length} == asked]
-    for result in sorted(shorter, key=lambda r: -r["config"][length]):
-        saved = store.newest_checkpoint(Config(**result["config"]))
-        if saved is not None:
-            return saved
-    return None
+    shorter = []
+    for name, result in store.results().items():
+        # a key that is equal in all else is one of a run, whatever lies in the folder
+        alike = result["key"] | {length: cfg.length} == asked
+        done = result["key"].get(length, cfg.length)
+        if alike and result["status"] == "finished" and done < cfg.length:
+            shorter.append(replace(cfg, name=name, **{length: done}))
+    return sorted(shorter, key=lambda other: -other.length)
 
 
 def train(cfg: Config, store: Store | None = None, test: bool = True,

@@ -13,7 +13,6 @@ import time
 from dataclasses import asdict
 from functools import lru_cache, partial
 
-import numpy as np
 import safetensors.torch
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
@@ -39,10 +38,12 @@ from utils import (
     flatten,
     maskable,
     open_run,
+    pack_mask,
     run_key,
     shares_of,
     train,
     unflatten,
+    unpack_mask,
 )
 
 log = logging.getLogger("flwr")
@@ -119,8 +120,7 @@ def setup_of(run: Run) -> ConfigRecord:
     weights = run.model.state_dict()
     tensors = {n: weights[n].detach().cpu().contiguous() for n in HEAD}
     if run.mask is not None:
-        bits = flatten(run.mask).cpu().numpy()
-        tensors["mask"] = torch.from_numpy(np.packbits(bits))
+        tensors["mask"] = pack_mask(run.mask)
     return ConfigRecord({
         "config": json.dumps(asdict(run.cfg)),
         "identity": json.dumps(identity(run)),
@@ -143,11 +143,7 @@ def open_worker(config: str, expected: str, tensors: bytes) -> tuple[Run, State]
     head = {n: sent[n].to(device()) for n in HEAD}
     mask = None
     if "mask" in sent:
-        like = maskable(build_model(cfg))
-        count = sum(w.numel() for w in like.values())
-        bits = np.unpackbits(sent["mask"].numpy(), count=count)
-        entries = torch.from_numpy(bits).bool()
-        mask = unflatten(entries.to(device()), like)
+        mask = unpack_mask(sent["mask"], maskable(build_model(cfg)))
 
     run, start = open_run(cfg, None, head=head, mask=mask)
     own = identity(run)

@@ -1331,25 +1331,96 @@ def converged(history: pd.DataFrame, points: float = 0.5) -> pd.Series:
 
 
 def of_other_code(cfgs: Iterable[Config], store: Store) -> list[Config]:
-    """Those whose stored result was trained, at least in part, by another utils.py than this."""
-    found = []
-    for cfg in _unlike(cfgs):
-        result = store.result(cfg)
-        if result and any(part["code"] != CODE_SHA256 for part in result["segments"]):
-            found.append(cfg)
-    return found
+    """Those whose stored result was trained, at least in part, by a utils.py that neither is this
+    one nor does the same, as `repeat` has found."""
+    same = {CODE_SHA256} | set(repeated_codes(store))
+    return [cfg for cfg in _unlike(cfgs) if _codes_of(store.result(cfg)) - same]
+
+
+def _codes_of(result: dict | None) -> set[str]:
+    """Hashes of the utils.py that trained it, part by part."""
+    return {part["code"] for part in result["segments"]} if result else set()
 
 
 def code_line(cfgs: Iterable[Config], store: Store) -> str:
     """One line for a notebook: how many stored results are of other code, and what to do."""
     cfgs = _unlike(cfgs)
-    stored = sum(store.result(cfg) is not None for cfg in cfgs)
+    results = [result for result in map(store.result, cfgs) if result is not None]
+    stored = f"{len(results)} of {len(cfgs)} results are stored"
     old = of_other_code(cfgs, store)
-    if not old:
-        return f"{stored} of {len(cfgs)} results are stored, all of this code."
-    return (f"{stored} of {len(cfgs)} results are stored, {len(old)} of them of another version of "
-            f"utils.py, such as {run_name(old[0])}: forget(of_other_code(cfgs, store), store) "
-            "deletes them, and the next run makes them anew.")
+    if old:
+        return (f"{stored}, {len(old)} of them of another version of utils.py, such as "
+                f"{run_name(old[0])}: forget(of_other_code(cfgs, store), store) deletes them, and "
+                "the next run makes them anew.")
+    earlier = sum(_codes_of(result) != {CODE_SHA256} for result in results)
+    if earlier:
+        checked = sum(map(len, repeated_codes(store).values()))
+        return (f"{stored}, {earlier} of them of an earlier version of utils.py, whose runs this "
+                f"one repeats bit for bit (checked on {checked}).")
+    return f"{stored}, all of this code."
+
+
+def repeat(cfgs: Iterable[Config], session: Session) -> dict[str, list[str]]:
+    """Trains stored runs anew, in a folder of their own: what came out otherwise, by run.
+
+    After a change of utils.py that should change no result. Where every run of an earlier code
+    comes out bit for bit, but for times and places, the store's notes say so, and results of that
+    code count as this one's. Bits are the same on the same kind of machine with the same versions
+    of the libraries only.
+    Raises KeyError for a run that is not stored, KeyboardInterrupt where it is stopped.
+    """
+    store = session.store
+    stored = {}
+    for cfg in _unlike(cfgs):
+        stored[run_name(cfg)] = store.result(cfg)
+        if stored[run_name(cfg)] is None:
+            raise KeyError(f"{run_name(cfg)} is not stored: there is nothing to repeat")
+    differing = {}
+    with tempfile.TemporaryDirectory() as folder:
+        anew = replace(session, store=Store(folder, quiet=store.quiet))
+        for test in (True, False):
+            runs = [Config(**result["config"]) for result in stored.values()
+                    if ("test" in result) == test]
+            if train_all(runs, anew, test):
+                raise KeyboardInterrupt
+        for name, result in stored.items():
+            again = anew.store.result(Config(**result["config"]))
+            differing[name] = _unequal(result, again)
+            if store.read(f"{name}.npy") != anew.store.read(f"{name}.npy"):
+                differing[name].append("predictions")
+    _note_repeated(stored, differing, store)
+    return differing
+
+
+def _unequal(result: dict, again: dict) -> list[str]:
+    """Names of what differs between two results of a run; times and places may."""
+    names = (result.keys() | again.keys()) - {"seconds", "segments"}
+    return sorted(name for name in names if result.get(name) != again.get(name))
+
+
+def _note_repeated(stored: dict[str, dict], differing: dict[str, list[str]], store: Store):
+    """Notes each earlier code whose runs all came out the same, with their names."""
+    runs_of = {}
+    for name, result in stored.items():
+        for code in _codes_of(result) - {CODE_SHA256}:
+            runs_of.setdefault(code, []).append(name)
+    for code, names in runs_of.items():
+        note = f"notes/repeated_{CODE_SHA256[:16]}_{code[:16]}.json"
+        if any(differing[name] for name in names):
+            store.delete(note)  # of an earlier, luckier choice of runs
+        else:
+            content = dict(code=CODE_SHA256, repeats=code, runs=sorted(names))
+            store.write(note, utils.to_json(content))
+
+
+def repeated_codes(store: Store) -> dict[str, list[str]]:
+    """{hash of an earlier utils.py: runs of it that this one has repeated bit for bit}."""
+    found = {}
+    for name in store.names(f"notes/repeated_{CODE_SHA256[:16]}_*.json"):
+        note = json.loads(store.read(name) or b"{}")
+        if note.get("code") == CODE_SHA256:
+            found[note["repeats"]] = note["runs"]
+    return found
 
 
 def forget(cfgs: Iterable[Config], store: Store):
@@ -1718,6 +1789,12 @@ def main(arguments: list[str] | None = None) -> int:
     running.add_argument("--workers", type=int)
     running.add_argument("--hours", type=float)
     running.add_argument("--on-cpu", action="store_true", help="full and lite without a GPU")
+    again = commands.add_parser(
+        "repeat", help="train stored runs anew and compare, after a change that should change none")
+    again.add_argument("runs", nargs="+", metavar="RUN", help="the name of a stored run")
+    again.add_argument("--preset", default="small", choices=list(SCALES))
+    again.add_argument("--workers", type=int)
+    again.add_argument("--on-cpu", action="store_true", help="full and lite without a GPU")
     counting = commands.add_parser("budget", help="what the presets cost")
     counting.add_argument("--preset", action="append", choices=list(SCALES))
     counting.add_argument("--seeds", type=int, default=1)
@@ -1731,6 +1808,9 @@ def main(arguments: list[str] | None = None) -> int:
     if asked.command == "budget":
         print_budget(asked.preset or list(SCALES), asked.seeds, asked.by_section)
         return 0
+    if asked.command == "repeat":
+        session = open_session(asked.preset, on_cpu=asked.on_cpu, workers=asked.workers)
+        return print_repeated(asked.runs, session)
     session = open_session(asked.preset, asked.seeds, hours=asked.hours, on_cpu=asked.on_cpu,
                            workers=asked.workers)
     for name in asked.sections:
@@ -1739,6 +1819,19 @@ def main(arguments: list[str] | None = None) -> int:
         if left:
             return 1
     return 0
+
+
+def print_repeated(names: list[str], session: Session) -> int:
+    """Says of each run whether it came out the same; 1 where one did not, else 0."""
+    results = session.store.results()
+    unknown = [name for name in names if name not in results]
+    if unknown:
+        print(f"not stored in {session.store.root}: {unknown}")
+        return 1
+    differing = repeat([Config(**results[name]["config"]) for name in names], session)
+    for name, what in differing.items():
+        print(f"{name}: {'other ' + ', '.join(what) if what else 'the same, bit for bit'}")
+    return int(any(differing.values()))
 
 
 def print_budget(presets: list[str], seeds: int, by_section: bool = False):

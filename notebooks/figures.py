@@ -1538,21 +1538,8 @@ def status_of(cfg: Config, session: Session) -> str:
     time_left = "less than a minute" if minutes < 1 else f"about {minutes:.0f} min"
     left = cfg.length - done
     text = f"{done} of {cfg.length} {unit} stored, will run {left}, {time_left} ({source})"
-    shorter = shorter_runs(cfg, session)
+    shorter = utils.shorter_runs(cfg, session.store)
     if shorter and cfg.schedule != "constant":
-        text += (f". The stored run of {max(shorter)} {unit} is another run: its {cfg.schedule} "
-                 "schedule has ended. Only a constant one goes on")
+        text += (f". The stored run of {shorter[0].length} {unit} is another run: its "
+                 f"{cfg.schedule} schedule has ended. Only a constant one goes on")
     return text
-
-
-def shorter_runs(cfg: Config, session: Session) -> list[int]:
-    """Lengths of the finished runs that differ from this one in nothing but a shorter length."""
-    name = "num_epochs" if cfg.centralized else "num_rounds"
-    asked = utils.run_key(cfg)
-    lengths = []
-    for result in experiments.readable(session.store.results().values()):
-        length = result["config"].get(name, cfg.length)
-        same = result["key"] | {name: cfg.length} == asked
-        if same and result["status"] == "finished" and length < cfg.length:
-            lengths.append(length)
-    return lengths

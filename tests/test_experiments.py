@@ -27,6 +27,7 @@ from notebooks.experiments import (
     of_other_code,
     open_session,
     rate_of,
+    repeat,
     run_section,
     rung_of,
     search_rates,
@@ -414,6 +415,50 @@ def test_results_of_other_code_are_told_and_can_be_forgotten(tmp_path):
     assert "all of this code" in code_line([BASE, other], store)
 
 
+def by_yesterdays_code(store, cfg, **changes):
+    """Its stored result as an earlier utils.py would have left it, with these changes."""
+    result = store.result(cfg) | changes
+    result["segments"] = [part | dict(code="of yesterday") for part in result["segments"]]
+    store.write(f"{run_name(cfg)}.json", utils.to_json(result))
+
+
+def test_results_of_earlier_code_count_once_their_runs_are_repeated(tmp_path):
+    session = session_of(tmp_path, CFG)
+    store = session.store
+    cfgs = [replace(CFG, num_rounds=2), replace(CFG, num_rounds=2, rule="random")]
+    train_all(cfgs[:1], session)
+    train_all(cfgs[1:], session, test=False)
+    with pytest.raises(KeyError, match="not stored"):
+        repeat([CFG], session)
+    for cfg in cfgs:
+        by_yesterdays_code(store, cfg)
+    assert of_other_code(cfgs, store) == cfgs
+    before = {cfg: store.result(cfg) for cfg in cfgs}
+
+    assert repeat(cfgs[:1], session) == {run_name(cfgs[0]): []}
+    assert of_other_code(cfgs, store) == []
+    assert "2 of them of an earlier version" in code_line(cfgs, store)
+    assert "checked on 1" in code_line(cfgs, store)
+    assert {cfg: store.result(cfg) for cfg in cfgs} == before  # what is stored stays
+
+    # one run that comes out otherwise, and the code is another one again
+    history = store.result(cfgs[1])["history"]
+    history[-1]["val_loss"] += 1e-12
+    by_yesterdays_code(store, cfgs[1], history=history)
+    assert repeat(cfgs, session) == {run_name(cfgs[0]): [], run_name(cfgs[1]): ["history"]}
+    assert of_other_code(cfgs, store) == cfgs
+
+
+def test_other_predictions_are_not_the_same_run(tmp_path):
+    session = session_of(tmp_path, CFG)
+    cfg = replace(CFG, num_rounds=1)
+    train_all([cfg], session)
+    by_yesterdays_code(session.store, cfg)
+    session.store.write(f"{run_name(cfg)}.npy", b"others")
+    assert repeat([cfg], session) == {run_name(cfg): ["predictions"]}
+    assert of_other_code([cfg], session.store) == [cfg]
+
+
 @pytest.mark.parametrize("spoil", [
     dict(config={}), dict(config=dict(rule="least_sensitive")), dict(history=3), dict(history=[{}]),
     dict(key=[]), dict(segments=None)], ids=str)
@@ -427,10 +472,8 @@ def test_a_foreign_file_among_the_results_is_named_and_left_out(tmp_path, spoil)
     assert len(history) == 2
     store.delete(f"{run_name(replace(BASE, lr=0.3))}.json")
     store.write("foreign.json", utils.to_json(foreign))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        assert tuned(BASE, store) == BASE
     with pytest.warns(UserWarning, match="foreign.json"):
+        assert tuned(BASE, store) == BASE
         assert experiments.throughput("small", store)[0] > 0
 
 

@@ -233,7 +233,9 @@ def test_calibrating_by_clients_is_counted(store, changes, bits):
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"3", b"null", b"\xff\xfe", b"{}" * 2,
-                                     b'{"history": []}', b"[" * 100_000])
+                                     b'{"history": []}', b"[" * 100_000,
+                                     b'{"run": "a", "key": [], "status": "finished", '
+                                     b'"config": {}, "history": []}'])
 def test_a_foreign_json_is_named_and_left_out(store, content):
     result = federated(SHORT, store)
     (store.root / "foreign.json").write_bytes(content)

@@ -360,6 +360,19 @@ def test_at_a_constant_rate_a_finished_run_goes_on_to_the_longer_runs_bits(tmp_p
     assert train(cfg, store) == short  # the shorter one is kept
 
 
+def test_a_foreign_result_beside_a_run_at_a_constant_rate_is_passed_over(tmp_path):
+    """All the names of a result, and nothing of a run in them."""
+    cfg = replace(CFG, schedule="constant")
+    alone = final(cfg, Store(tmp_path / "alone"))
+    store = Store(tmp_path / "beside")
+    foreign = dict(run="foreign", key={}, status="finished", config={}, history=[])
+    store.write("foreign.json", utils.to_json(foreign))
+    store.write("short.json", utils.to_json(foreign | dict(key=utils.run_key(cfg), run="short")))
+    beside = final(cfg, store)
+    assert timeless(beside[0]) == timeless(alone[0])
+    assert same_state(beside[1], alone[1])
+
+
 def test_along_a_cosine_the_longer_run_is_another_one(store, monkeypatch):
     federated(CFG, store)
     result = federated(replace(CFG, num_rounds=6), store)
