@@ -189,7 +189,7 @@ _SMALL = dict(
 # Every code path of the suite, as fast as can be: its accuracies are not meant to be good.
 _DEMO = _SMALL | dict(
     val_fraction=0.9,
-    eval_images=500,
+    eval_images=200,
     participation=0.04,
     batch_size=16,
     lr=0.05,

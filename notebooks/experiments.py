@@ -15,6 +15,7 @@ Notebooks, the report and `make budget` all read this file; nothing here draws. 
 To change what an experiment runs, edit SCALES; to add one, write a function and a row in SECTIONS.
 """
 import argparse
+import atexit
 import importlib
 import io
 import json
@@ -332,13 +333,11 @@ def _headline(session: Session, nc: int | None) -> Config:
 
 
 def fedavg_iid(session: Session) -> Cells:
-    """FedAvg with IID clients at lengths that double: has it converged?"""
-    scale = session.scale
-    cfg = at_own_rate(_headline(session, None), session)
+    """FedAvg with IID clients at lengths that double, each at its own rate: has it converged?"""
     cells = {}
-    for steps in scale.lengths:
-        longer = with_steps(cfg, steps, evaluations=8)
-        cells[longer.num_rounds,] = longer
+    for steps in session.scale.lengths:
+        cfg = at_own_rate(with_steps(session.base, steps, evaluations=8), session)
+        cells[cfg.num_rounds,] = cfg
     return cells
 
 
@@ -938,12 +937,14 @@ class Bar:
         if self.watch is not None:
             self.watch(cfg, history)
 
-    def ended(self, cfg: Config, result: dict | None):
+    def ended(self, cfg: Config):
         self.running.pop(run_name(cfg), None)
         self.done += steps_of(cfg) * cfg.length
         self._show()
+        store = self.session.store
+        result = store.result(cfg)
         if self.session.tensorboard and result and result["status"] == "finished":
-            write_scalars(result, self.session.store.root / "tensorboard")
+            write_scalars(result, store.root / "tensorboard")
 
     def _show(self):
         self.bar.n = self.done + sum(self.running.values())
@@ -972,7 +973,7 @@ def train_here(cfgs: list[Config], session: Session, test: bool, bar: Bar):
                        watch=lambda run, state: bar.evaluated(run.cfg, state.history))
         if result["status"] == "interrupted":
             return
-        bar.ended(cfg, result)
+        bar.ended(cfg)
 
 
 def can_travel(cfg: Config) -> bool:
@@ -990,52 +991,73 @@ def _modules_of(cfg: Config) -> set[str]:
     return modules
 
 
+_kept: list["Pool"] = []   # the pool whose workers wait for the next call, if any
+
+
 def train_in_workers(cfgs: list[Config], session: Session, test: bool, bar: Bar) -> list[Config]:
     """Side by side in spawned processes; the runs that only this process can train.
 
-    Workers that die are replaced, and their runs left for the next call. An interrupt is passed on,
-    so that all runs are stored where they are. Raises RuntimeError with a worker's own error.
+    A process takes seconds to start, so they stay for the session's next call. Workers that die
+    are replaced, and their runs left for the next call. An interrupt is passed on, so that all
+    runs are stored where they are. Raises RuntimeError with a worker's own error.
     """
-    pool = Pool(min(session.workers, len(cfgs)), session, test, bar)
+    if time.monotonic() >= session.stop_at:
+        return []
+    if _kept and _kept[0].place != place_of(session):
+        close_workers()
+    if not _kept:
+        _kept.append(Pool(place_of(session)))
     try:
-        return pool.train(cfgs)
-    finally:
-        pool.close()
+        return _kept[0].train(cfgs, min(session.workers, len(cfgs)), test, bar)
+    except BaseException:
+        close_workers()
+        raise
+
+
+@atexit.register
+def close_workers():
+    """Ends the processes that wait for runs; the next call starts new ones."""
+    while _kept:
+        _kept.pop().close()
+
+
+def place_of(session: Session) -> dict:
+    """Where and until when a worker trains: what `serve` is told."""
+    store = session.store
+    return dict(root=store.root.absolute(), backup=store.backup, minutes=store.minutes,
+                stop_at=session.stop_at)
 
 
 class Pool:
     """Worker processes, each with a pipe of its own: a dead one leaves the others unharmed."""
 
-    def __init__(self, size: int, session: Session, test: bool, bar: Bar):
-        self.session = session
-        self.test = test
-        self.bar = bar
+    def __init__(self, place: dict):
+        self.place = place
         self.workers = {}     # {pipe: process}
         self.trains = {}      # {pipe: Config}
         self.returned = []    # runs that workers cannot train
         self.started = 0
-        for _ in range(size):
-            self.start()
 
     def start(self):
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
-        store = self.session.store
-        place = dict(root=store.root.absolute(), backup=store.backup, minutes=store.minutes,
-                     quiet=True)
-        process = context.Process(
-            target=serve, args=(theirs, self.started, place, CODE_SHA256, self.test,
-                                self.session.stop_at))
+        process = context.Process(target=serve, args=(theirs, self.started, CODE_SHA256),
+                                  kwargs=self.place)
         self.started += 1
         process.start()
         theirs.close()
         self.workers[ours] = process
 
-    def train(self, cfgs: list[Config]) -> list[Config]:
+    def train(self, cfgs: list[Config], size: int, test: bool, bar: Bar) -> list[Config]:
+        """The runs in up to `size` processes; those that workers cannot train."""
+        self.test = test
+        self.bar = bar
+        self.returned = []
+        self.replace_dead(size)
         waiting = list(cfgs)
         try:
             while True:
-                for pipe in list(self.workers):
+                for pipe in list(self.workers)[:size]:
                     if pipe not in self.trains:
                         self.give(pipe, waiting)
                 if not self.trains:  # nothing to wait for: that would never end
@@ -1047,16 +1069,23 @@ class Pool:
             raise
         return self.returned
 
+    def replace_dead(self, size: int):
+        """As many living workers as are wanted; one may have died while it waited."""
+        for pipe, process in list(self.workers.items()):
+            if not process.is_alive():
+                pipe.close()
+                del self.workers[pipe]
+        while len(self.workers) < size:
+            self.start()
+
     def give(self, pipe, waiting: list[Config]):
-        """The next run to a free worker; without one, or after the time, the worker may go."""
-        if not waiting or time.monotonic() >= self.session.stop_at:
-            pipe.close()
-            self.workers.pop(pipe).join()
+        """The next run to a free worker, while there is one and time is left."""
+        if not waiting or time.monotonic() >= self.place["stop_at"]:
             return
         cfg = waiting.pop(0)
         self.trains[pipe] = cfg
         with suppress(OSError):  # of a dead worker, which `receive` will see
-            pipe.send((cfg, run_name(cfg), sorted(_modules_of(cfg))))
+            pipe.send((cfg, run_name(cfg), sorted(_modules_of(cfg)), self.test))
 
     def receive(self, pipe, waiting: list[Config]):
         """One message of a worker."""
@@ -1077,7 +1106,7 @@ class Pool:
             warnings.warn(f"{run_name(cfg)} is trained in this process: {content}", stacklevel=4)
             self.returned.append(cfg)
         elif content != "interrupted":
-            self.bar.ended(cfg, self.session.store.result(cfg))
+            self.bar.ended(cfg)
 
     def bury(self, pipe, needed: bool):
         """After a worker's death: its run is left for the next call, another takes its place."""
@@ -1117,10 +1146,12 @@ class Pool:
                 process.join()
 
 
-def serve(pipe, number: int, place: dict, code: str, test: bool, stop_at: float):
+def serve(pipe, number: int, code: str, root: Path, backup: Path | None, minutes: float,
+          stop_at: float):
     """A worker process: trains the runs that come through the pipe until it is closed.
 
-    `number` chooses its GPU, `code` is the hash of the utils.py that its parent runs.
+    `number` chooses its GPU, `code` is the hash of the utils.py that its parent runs, the rest is
+    the store and the time at which to stop.
     """
     if hasattr(os, "setsid"):
         os.setsid()  # a Ctrl-C in the terminal reaches the parent alone, which passes it on
@@ -1128,10 +1159,10 @@ def serve(pipe, number: int, place: dict, code: str, test: bool, stop_at: float)
     if torch.cuda.is_available():
         torch.cuda.set_device(number % torch.cuda.device_count())
     threading.Thread(target=_follow_parent, daemon=True).start()
-    store = Store(**place)
+    store = Store(root, backup, minutes=minutes, quiet=True)
     while True:
         try:
-            cfg, name, modules = pipe.recv()
+            cfg, name, modules, test = pipe.recv()
         except (EOFError, OSError):
             return
         except KeyboardInterrupt:

@@ -10,7 +10,7 @@ from helpers import Mine
 
 import utils
 from notebooks import experiments
-from notebooks.experiments import Session, train_all
+from notebooks.experiments import Session, close_workers, train_all
 from utils import Config, FedAvg, Store, register_algorithm, run_name
 
 # Workers are processes of their own: nothing that a test patches reaches them, so these are real
@@ -32,6 +32,13 @@ GRID = [
 def session_of(path, workers=2, **options):
     store = Store(path, minutes=0, quiet=True)
     return Session("small", CFG, store, path / "figures", (0,), workers, **options)
+
+
+@pytest.fixture(autouse=True)
+def no_worker_stays():
+    yield
+    close_workers()
+    assert multiprocessing.active_children() == []
 
 
 def stored(path):
@@ -66,7 +73,25 @@ def test_two_workers_give_the_bits_of_one(tmp_path, alone):
     assert (run_name(CFG), 3) in seen
     segments = [json.loads(f.read_text())["segments"] for f in tmp_path.glob("*.json")]
     assert {part["threads"] for parts in segments for part in parts} == {1}
-    assert multiprocessing.active_children() == []
+
+
+def test_workers_wait_for_the_next_call_of_their_session(tmp_path, alone):
+    session = session_of(tmp_path / "first")
+    assert train_all(GRID[:2], session, test=False) == []
+    first = multiprocessing.active_children()
+    assert len(first) == 2
+    assert train_all(GRID[2:4], session) == []
+    assert multiprocessing.active_children() == first
+
+    first[0].kill()  # while it waits
+    first[0].join()
+    assert train_all(GRID, session) == []  # no warning: nothing is lost
+    assert stored(session.store.root) == stored(alone)
+    assert set(multiprocessing.active_children()) & set(first) == {first[1]}
+
+    assert train_all(GRID[:2], session_of(tmp_path / "second")) == []
+    assert not set(multiprocessing.active_children()) & set(first)
+    assert len(multiprocessing.active_children()) == 2
 
 
 def test_a_killed_worker_is_told_and_its_run_gone_on_with(tmp_path, alone):
