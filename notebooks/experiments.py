@@ -232,8 +232,8 @@ _FULL = replace(_LITE, headline=384, sweep=192, lengths=(384, 768), more_rounds=
 
 # demo: every line of code in minutes; its accuracies say nothing.
 _DEMO = replace(
-    _SMALL, headline=16, sweep=16, protocol=8, searches=False, lengths=(16,), epochs=(1, 2),
-    baseline_epochs=2, search_epochs=1, decays=(5e-4,), batches=(64,),
+    _SMALL, headline=16, sweep=8, protocol=8, searches=False, lengths=(16,), epochs=(1, 2),
+    baseline_epochs=1, search_epochs=1, decays=(5e-4,), batches=(64,),
     schedules=("cosine", "constant"),
     nc=10, sparsities=(0.5, 0.9), calibration_rounds=(1, 4), sweep_shardings=(None, 10),
     rule_shardings=(None, 1), map_rules=(None, "least_sensitive"), map_shardings=(None,),
