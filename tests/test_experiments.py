@@ -1,7 +1,6 @@
 """What is run and in which order: sections, the search for rates, tables, the budget."""
 import math
 import time
-import warnings
 from dataclasses import asdict, replace
 
 import numpy as np
