@@ -201,25 +201,29 @@ ALL_RULES = ("least_sensitive", "most_sensitive", "lowest_magnitude", "highest_m
 CONSENSUS = (("central", 1.0), ("mean", 1.0), ("max", 1.0), ("vote", 1.0), ("mean", 0.1),
              ("max", 0.1), ("vote", 0.1))
 
-# small: every cell's rate at its own length. The baseline's four epochs are as many SGD steps as
-# the federated runs that it is compared with: 5,628 beside 5,120, all clients together.
+# small: every cell's rate at its own length, so that a cell costs five runs or six. Sweeps have
+# the ends of a range and the default between them, and the grid alone the shardings between IID,
+# ten classes and one. The baseline's four epochs are as many SGD steps as the federated runs that
+# it is compared with: 5,628 beside 5,120, all clients together.
 _SMALL = Scale(
     headline=512, sweep=256, protocol=128, search=None, searches=True, lengths=(512, 1024),
     epochs=(1, 2, 4, 8, 16), baseline_epochs=4, search_epochs=1, decays=(1e-4, 5e-4, 5e-3),
     batches=(32, 64, 128),
     schedules=("cosine", "constant", "step", "warmup_cosine"),
     shardings=(None, 50, 10, 5, 1), local_steps=(4, 8, 16), nc=10,
-    sparsities=(0.5, 0.8, 0.9, 0.95, 0.99), calibration_rounds=(1, 2, 4, 8),
-    sweep_shardings=(None, 10, 1), rules=ALL_RULES, rule_shardings=(None, 10, 5, 1),
+    sparsities=(0.5, 0.9, 0.99), calibration_rounds=(1, 4, 8),
+    sweep_shardings=(None, 10, 1), rules=ALL_RULES, rule_shardings=(None, 10, 1),
     map_rules=(None, "least_sensitive", "most_sensitive", "random"),
     map_shardings=(None, 10, 1), map_rungs=(-3, -2, -1, 0, 1, 2, 3), more_rounds=4,
-    longer_rungs=(0, 1, 2, 3, -1, -2), consensus=CONSENSUS, skews=(10, 1))
+    longer_rungs=(0, 1, 2, 3, -1, -2), consensus=CONSENSUS[:5], skews=(10, 1))
 
 # lite: a T4 for at most 10 hours. A search costs four runs, so rates are searched at a
 # quarter of the sweeps' length, at three shardings and one J; what is shown is as long as can be.
 _LITE = replace(
     _SMALL, headline=512, sweep=256, protocol=64, search=64, baseline_epochs=8,
     decays=(1e-4, 5e-4), batches=(64, 128),
+    sparsities=(0.5, 0.8, 0.9, 0.95, 0.99), calibration_rounds=(1, 2, 4, 8),
+    rule_shardings=(None, 10, 5, 1), consensus=CONSENSUS,
     map_rules=(None, "least_sensitive", "random"), map_shardings=(None, 1),
     map_rungs=(-2, -1, 0, 1, 2, 3), longer_rungs=(0, 1, 2, -1),
     stand_ins={
@@ -446,7 +450,7 @@ def speed_matched(session: Session) -> Cells:
         at_sweep = with_steps(replace(session.base, classes_per_client=nc), scale.sweep)
         reference = at_own_rate(replace(at_sweep, rule="random"), session)
         mass = fisher_mass(reference, session.store)
-        for rule in scale.rules:
+        for rule in filter(None, scale.map_rules):
             cfg = replace(reference, rule=rule)
             own = fisher_mass(cfg, session.store)
             # Of a frozen store without masses the cells can be counted, not trained.
@@ -646,11 +650,11 @@ def first_guess(cfg: Config) -> float:
     Relative to the preset's rate: one class a client wants steps about ten times shorter, masks
     that free little of the Fisher information longer ones.
     """
-    rungs = {"least_sensitive": 2, "query_key": 1, "most_sensitive": -1}.get(cfg.rule, 0)
-    if cfg.rule is None:
-        rungs = -1
-        if (cfg.classes_per_client or 100) <= 5:
-            rungs = -3
+    rungs = {None: -1, "least_sensitive": 2, "query_key": 1, "most_sensitive": -1}.get(cfg.rule, 0)
+    if cfg.classes_per_client == 1:
+        rungs += {None: -3, "least_sensitive": -1, "most_sensitive": 0}.get(cfg.rule, -2)
+    elif cfg.classes_per_client and cfg.classes_per_client <= 5:
+        rungs -= 1
     return rate_of(rung_of(cfg.lr) + rungs)
 
 
