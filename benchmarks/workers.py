@@ -40,7 +40,7 @@ def row_of(cfg: Config, runs: int, pairs: int) -> dict:
 
 
 def main(args):
-    cfg = replace(MINI, participation=0.1, num_rounds=16, eval_every=16, eval_images=1000)
+    cfg = replace(MINI, participation=0.1, num_rounds=8, eval_every=8, eval_images=1000)
     runs = 4
     if args.quick:
         cfg = replace(cfg, participation=0.01, batch_size=2, num_rounds=1, eval_images=10)

@@ -1177,7 +1177,8 @@ def serve(pipe, number: int, code: str, root: Path, backup: Path | None, minutes
             answer = "done", "interrupted"
         except Exception:  # the parent raises it
             answer = "error", traceback.format_exc()
-        pipe.send(answer)
+        with suppress(BrokenPipeError):  # where the parent was killed the next recv ends this
+            pipe.send(answer)
 
 
 def _serve_one(pipe, store: Store, cfg: Config, name: str, modules: list[str], code: str,
