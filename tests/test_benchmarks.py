@@ -22,6 +22,7 @@ import gpu  # noqa: E402
 import round_cost  # noqa: E402
 import scaling  # noqa: E402
 import sparse  # noqa: E402
+import summary  # noqa: E402
 import workers  # noqa: E402
 
 
@@ -118,7 +119,16 @@ def test_make_bench_runs_every_script():
     scripts = {f.stem for f in FOLDER.glob("*.py") if "__main__" in f.read_text(encoding="utf-8")}
     recipe = (FOLDER.parent / "Makefile").read_text(encoding="utf-8").partition("\nbench:")[2]
     words = recipe.partition("in ")[2].partition(";")[0].split()
-    assert set(words) == scripts - {"common"}
+    assert set(words) == scripts - {"common", "summary"}
+
+
+def test_the_readme_has_the_stored_ratios():
+    readme = (FOLDER / "README.md").read_text(encoding="utf-8")
+    assert summary.table() in readme
+    stored = json.loads((FOLDER / "results/sparse_cpu.json").read_bytes())
+    (row,) = [row for row in stored["rows"]
+              if row["what"] == "round, least_sensitive" and row["model"] == "mini"]
+    assert f"small ViT, 32 px | {row['ratio']:.2f} | {row['q1']:.2f} to" in summary.table()
 
 
 @pytest.mark.parametrize(("script", "says"), [("gpu", "no GPU"), ("against_flower", "pip install")])
