@@ -1001,18 +1001,16 @@ _kept: list["Pool"] = []   # the pool whose workers wait for the next call, if a
 def train_in_workers(cfgs: list[Config], session: Session, test: bool, bar: Bar) -> list[Config]:
     """Side by side in spawned processes; the runs that only this process can train.
 
-    A process takes seconds to start, so they stay for the session's next call. Workers that die
+    A process takes seconds to start, so they stay for the next call. Workers that die
     are replaced, and their runs left for the next call. An interrupt is passed on, so that all
     runs are stored where they are. Raises RuntimeError with a worker's own error.
     """
     if time.monotonic() >= session.stop_at:
         return []
-    if _kept and _kept[0].place != place_of(session):
-        close_workers()
     if not _kept:
-        _kept.append(Pool(place_of(session)))
+        _kept.append(Pool())
     try:
-        return _kept[0].train(cfgs, min(session.workers, len(cfgs)), test, bar)
+        return _kept[0].train(cfgs, session, test, bar)
     except BaseException:
         close_workers()
         raise
@@ -1025,18 +1023,10 @@ def close_workers():
         _kept.pop().close()
 
 
-def place_of(session: Session) -> dict:
-    """Where and until when a worker trains: what `serve` is told."""
-    store = session.store
-    return dict(root=store.root.absolute(), backup=store.backup, minutes=store.minutes,
-                stop_at=session.stop_at)
-
-
 class Pool:
     """Worker processes, each with a pipe of its own: a dead one leaves the others unharmed."""
 
-    def __init__(self, place: dict):
-        self.place = place
+    def __init__(self):
         self.workers = {}     # {pipe: process}
         self.trains = {}      # {pipe: Config}
         self.returned = []    # runs that workers cannot train
@@ -1045,18 +1035,19 @@ class Pool:
     def start(self):
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
-        process = context.Process(target=serve, args=(theirs, self.started, CODE_SHA256),
-                                  kwargs=self.place)
+        process = context.Process(target=serve, args=(theirs, self.started, CODE_SHA256))
         self.started += 1
         process.start()
         theirs.close()
         self.workers[ours] = process
 
-    def train(self, cfgs: list[Config], size: int, test: bool, bar: Bar) -> list[Config]:
-        """The runs in up to `size` processes; those that workers cannot train."""
+    def train(self, cfgs: list[Config], session: Session, test: bool, bar: Bar) -> list[Config]:
+        """The runs, in the session's number of processes; those that workers cannot train."""
+        self.session = session
         self.test = test
         self.bar = bar
         self.returned = []
+        size = min(session.workers, len(cfgs))
         self.replace_dead(size)
         waiting = list(cfgs)
         try:
@@ -1084,12 +1075,16 @@ class Pool:
 
     def give(self, pipe, waiting: list[Config]):
         """The next run to a free worker, while there is one and time is left."""
-        if not waiting or time.monotonic() >= self.place["stop_at"]:
+        stop_at = self.session.stop_at
+        if not waiting or time.monotonic() >= stop_at:
             return
         cfg = waiting.pop(0)
         self.trains[pipe] = cfg
+        store = self.session.store
+        place = (store.root.absolute(), store.backup, store.minutes)
+        modules = sorted(_modules_of(cfg))
         with suppress(OSError):  # of a dead worker, which `receive` will see
-            pipe.send((cfg, run_name(cfg), sorted(_modules_of(cfg)), self.test))
+            pipe.send((place, cfg, run_name(cfg), modules, self.test, stop_at))
 
     def receive(self, pipe, waiting: list[Config]):
         """One message of a worker."""
@@ -1150,12 +1145,10 @@ class Pool:
                 process.join()
 
 
-def serve(pipe, number: int, code: str, root: Path, backup: Path | None, minutes: float,
-          stop_at: float):
+def serve(pipe, number: int, code: str):
     """A worker process: trains the runs that come through the pipe until it is closed.
 
-    `number` chooses its GPU, `code` is the hash of the utils.py that its parent runs, the rest is
-    the store and the time at which to stop.
+    `number` chooses its GPU, `code` is the hash of the utils.py that its parent runs.
     """
     if hasattr(os, "setsid"):
         os.setsid()  # a Ctrl-C in the terminal reaches the parent alone, which passes it on
@@ -1163,16 +1156,15 @@ def serve(pipe, number: int, code: str, root: Path, backup: Path | None, minutes
     if torch.cuda.is_available():
         torch.cuda.set_device(number % torch.cuda.device_count())
     threading.Thread(target=_follow_parent, daemon=True).start()
-    store = Store(root, backup, minutes=minutes, quiet=True)
     while True:
         try:
-            cfg, name, modules, test = pipe.recv()
+            task = pipe.recv()
         except (EOFError, OSError):
             return
         except KeyboardInterrupt:
             continue
         try:
-            answer = _serve_one(pipe, store, cfg, name, modules, code, test, stop_at)
+            answer = _serve_one(pipe, code, *task)
         except KeyboardInterrupt:
             answer = "done", "interrupted"
         except Exception:  # the parent raises it
@@ -1181,7 +1173,7 @@ def serve(pipe, number: int, code: str, root: Path, backup: Path | None, minutes
             pipe.send(answer)
 
 
-def _serve_one(pipe, store: Store, cfg: Config, name: str, modules: list[str], code: str,
+def _serve_one(pipe, code: str, place: tuple, cfg: Config, name: str, modules: list[str],
                test: bool, stop_at: float) -> tuple[str, str]:
     if code != CODE_SHA256:
         return "cannot", ("utils.py was edited since it was imported here. Restart the kernel to "
@@ -1193,7 +1185,13 @@ def _serve_one(pipe, store: Store, cfg: Config, name: str, modules: list[str], c
 
     def watch(run, state):
         pipe.send(("evaluated", state.history))
+    store = _store_at(*place)
     return "done", train(cfg, store, test, stop_at=stop_at, watch=watch)["status"]
+
+
+@lru_cache(maxsize=1)  # to open one lists the files of its backup, which may be a slow drive
+def _store_at(root: Path, backup: Path | None, minutes: float) -> Store:
+    return Store(root, backup, minutes=minutes, quiet=True)
 
 
 def _follow_parent():

@@ -421,7 +421,9 @@ def by_yesterdays_code(store, cfg, **changes):
     store.write(f"{run_name(cfg)}.json", utils.to_json(result))
 
 
-def test_results_of_earlier_code_count_once_their_runs_are_repeated(tmp_path):
+def test_results_of_earlier_code_count_once_their_runs_are_repeated(
+        tmp_path, monkeypatch):
+    make_small(monkeypatch)
     session = session_of(tmp_path, CFG)
     store = session.store
     cfgs = [replace(CFG, num_rounds=2), replace(CFG, num_rounds=2, rule="random")]
@@ -448,7 +450,8 @@ def test_results_of_earlier_code_count_once_their_runs_are_repeated(tmp_path):
     assert of_other_code(cfgs, store) == cfgs
 
 
-def test_other_predictions_are_not_the_same_run(tmp_path):
+def test_other_predictions_are_not_the_same_run(tmp_path, monkeypatch):
+    make_small(monkeypatch)
     session = session_of(tmp_path, CFG)
     cfg = replace(CFG, num_rounds=1)
     train_all([cfg], session)

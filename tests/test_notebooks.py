@@ -160,13 +160,15 @@ def test_tables_have_words_and_are_utf8_whatever_the_locale(session, monkeypatch
 # ------------------------------------------------------------------ plans
 def test_a_plan_counts_what_is_stored_and_goes_by_the_seconds_of_stored_runs(session):
     cfgs = experiments._unlike(section_runs("grid", session))
+    steps = {cfg: experiments.steps_of(cfg) * cfg.length for cfg in cfgs}
     for cfg in cfgs[:-3]:
-        put(session.store, cfg, seconds=30.0)
+        put(session.store, cfg, seconds=2.0 * steps[cfg])
     frame = figures.plan(session, "grid")
     assert frame.loc["grid", "runs"] == len(cfgs)
     assert frame.loc["grid", "stored"] == len(cfgs) - 3
     (minutes,) = [c for c in frame.columns if c.startswith("minutes left, measured")]
-    assert frame.loc["grid", minutes] == pytest.approx(3 * 30 / 60, rel=0.1)
+    left = sum(steps[cfg] for cfg in cfgs[-3:])
+    assert frame.loc["grid", minutes] == pytest.approx(2 * left / 60, rel=0.1)
 
 
 def test_a_plan_says_that_it_estimates_where_nothing_is_stored(session):

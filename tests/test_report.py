@@ -12,7 +12,7 @@ from dataclasses import asdict, replace
 import pytest
 
 from notebooks import experiments
-from notebooks.experiments import SECTIONS, Session
+from notebooks.experiments import SECTIONS, Session, rate_of, rung_of
 from report import cells as cells_of
 from report import claims as claims_of
 from report import make_numbers, overleaf, tables
@@ -219,11 +219,11 @@ def test_the_map_has_all_rates_that_were_tried(tmp_path):
     gains = cells_of.read_gains(session)
     assert gains.keys() == {("random", "Nc=1")}
     points = gains["random", "Nc=1"].points
-    assert list(points) == [0.03, 0.1, 0.3, 10.0]
+    below, own, above = (rate_of(rung_of(like.lr) + step) for step in (-1, 0, 1))
     best = 100 * (accuracy_of(like) - 0.35)
-    assert list(points.values()) == pytest.approx([3, best, 3, -30])
+    assert points == pytest.approx({below: 3, own: best, above: 3, 10.0: -30})
     by_rate, by_length = tables.map_plot(tables.on_map(gains, session)).split("\\lengthpanel")
-    assert "(0.03,3.00)" in by_rate
+    assert f"({below:g},3.00)" in by_rate
     assert "(10,-30.00)" in by_rate
     assert by_length.count("(1,3.00)") == 2   # all of these runs' first vectors have length 1
 

@@ -34,7 +34,7 @@ def session_of(path, workers=2, **options):
     return Session("small", CFG, store, path / "figures", (0,), workers, **options)
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def no_worker_stays():
     yield
     close_workers()
@@ -75,7 +75,7 @@ def test_two_workers_give_the_bits_of_one(tmp_path, alone):
     assert {part["threads"] for parts in segments for part in parts} == {1}
 
 
-def test_workers_wait_for_the_next_call_of_their_session(tmp_path, alone):
+def test_workers_wait_for_the_next_call_of_any_session(tmp_path, alone):
     session = session_of(tmp_path / "first")
     assert train_all(GRID[:2], session, test=False) == []
     first = multiprocessing.active_children()
@@ -89,9 +89,11 @@ def test_workers_wait_for_the_next_call_of_their_session(tmp_path, alone):
     assert stored(session.store.root) == stored(alone)
     assert set(multiprocessing.active_children()) & set(first) == {first[1]}
 
+    before = multiprocessing.active_children()
     assert train_all(GRID[:2], session_of(tmp_path / "second")) == []
-    assert not set(multiprocessing.active_children()) & set(first)
-    assert len(multiprocessing.active_children()) == 2
+    assert multiprocessing.active_children() == before
+    names = {f"{run_name(cfg)}.json" for cfg in GRID[:2]}
+    assert stored(tmp_path / "second").keys() == names
 
 
 def test_a_killed_worker_is_told_and_its_run_gone_on_with(tmp_path, alone):
@@ -124,6 +126,7 @@ def test_an_interrupt_stops_all_workers_and_their_runs_are_gone_on_with(tmp_path
 
 
 def test_the_sessions_time_stops_workers(tmp_path):
+    close_workers()
     assert train_all(GRID[:3], session_of(tmp_path, stop_at=-math.inf)) == GRID[:3]
     assert multiprocessing.active_children() == []
 
