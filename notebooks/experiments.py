@@ -360,7 +360,7 @@ def six_models(session: Session) -> Cells:
     """{centralised, FedAvg IID, FedAvg non-IID} x {dense, sparse}, each at its own rate."""
     scale = session.scale
     dense = {
-        "centralised": best_centralized(session),
+        "centralised": centralized(session)["centralised",],
         "IID": _headline(session, None),
         nc_label(scale.nc): _headline(session, scale.nc),
     }
