@@ -181,6 +181,12 @@ def reordered(cells: dict[tuple, Cell], *order: int) -> dict[tuple, Cell]:
     return found
 
 
+def by_value(symbol: str, cells: dict[tuple, Cell]) -> dict[tuple, Cell]:
+    """The cells of a sweep, {(sharding, value): cell}, with rows such as "s=0.9" before columns."""
+    return {(f"${symbol}={text_of(value)}$", sharding): cell
+            for (sharding, value), cell in cells.items()}
+
+
 def protocol_table(cells: dict[tuple, Cell]) -> str:
     """Losses before training, on validation and as clients see it; validation accuracies."""
     heads = [command("protocolhead", i) for i in range(1, 6)]
@@ -350,6 +356,7 @@ def map_ends(shown: dict[str, dict[str, Gains]]) -> tuple:
 # ------------------------------------------------------------------ all of them
 def make_tables(cells: Cells, session: Session) -> dict[str, str]:
     shown = on_map(read_gains(session), session)
+    servers = cells["methods"] | cells["merges"] | cells["matched_merges"]
     return {
         "protocol": protocol_table(cells["protocol"]),
         "central": central_table(cells),
@@ -357,15 +364,13 @@ def make_tables(cells: Cells, session: Session) -> dict[str, str]:
         "rounds": lengths_table(cells["fedavg_iid"]),
         "grid": pivot(cells["grid"], 1, rates=True),
         "six": pivot(cells["six_models"], 1, rates=True, untrained=False),
-        "sparsity": pivot(reordered(cells["sparsity"], 1, 0), 1),
-        "calibration": pivot(reordered(cells["calibration"], 1, 0), 1),
+        "masks": pivot(by_value("s", cells["sparsity"]) | by_value("R", cells["calibration"]), 1),
         "rules": pivot(cells["rules"], 1, rates=True),
         "map": map_table(shown),
         "mapplot": map_plot(shown),
         "longer": longer_table(cells["longer"]),
         "speed": pivot(cells["speed_matched"], 1, rates=True, untrained=False),
         "interference": interference_table(cells["rules"], session),
-        "methods": pivot(reordered(cells["methods"], 0, 2, 1), 1),
-        "merges": pivot(reordered(cells["merges"] | cells["matched_merges"], 0, 2, 1), 1),
+        "servers": pivot(reordered(servers, 0, 2, 1), 1),
         "consensus": pivot(cells["consensus"], 2),
     }
