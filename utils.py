@@ -1010,7 +1010,8 @@ def _combined_scores(rule: str, weights: Params, fishers: Iterable[tuple[int, Pa
 def _checked_scores(rule: str, weights: Params, fisher: Params | None, draw) -> Tensor:
     scores = RULES[rule].score(weights, fisher, draw)
     check_layout(f"rule {rule!r}: its scores", scores, weights)
-    return flatten({n: scores[n].to(w.device) for n, w in weights.items()})
+    # A rule may count or rank: whole numbers have no infinity for what is frozen.
+    return flatten({n: scores[n].to(w.device).double() for n, w in weights.items()})
 
 
 def check_layout(what: str, found: Params, like: Params):
@@ -1556,7 +1557,7 @@ def run_rounds(run: Run, store: "Store", state: State, step: Callable[[Run, Stat
     """Rounds (or epochs) until the run's length, stored on the way, at a stop and at the end.
 
     Stops by itself at `stop_at` (seconds of `time.monotonic`), by hand at any moment, and where
-    the run is not finite; `watch(run, state)` is called after every evaluation.
+    the run is not finite; `watch(run, state)` is called after every round that is evaluated.
     """
     cfg = run.cfg
     saved_at = time.monotonic()
@@ -1602,6 +1603,8 @@ def segment(cfg: Config, done: int) -> dict:
         after_round=done,
         device=str(device()),
         hardware=hardware(),
+        # CPUs with other vector units sum in another order
+        vector_units=torch.backends.cpu.get_cpu_capability(),
         precision=precision_name(cfg, device()),
         threads=torch.get_num_threads(),  # another number sums in another order
         python=platform.python_version(),

@@ -1399,8 +1399,8 @@ def repeat(cfgs: Iterable[Config], session: Session) -> dict[str, list[str]]:
 
     After a change of utils.py that should change no result. Where every run of an earlier code
     comes out bit for bit, but for times and places, the store's notes say so, and results of that
-    code count as this one's. Bits are the same on the same kind of machine with the same versions
-    of the libraries only.
+    code count as this one's. A run that was trained elsewhere (see `trained_elsewhere`) and comes
+    out otherwise tells nothing of the code.
     Raises KeyError for a run that is not stored, KeyboardInterrupt where it is stopped.
     """
     store = session.store
@@ -1432,10 +1432,24 @@ def _unequal(result: dict, again: dict) -> list[str]:
     return sorted(name for name in names if result.get(name) != again.get(name))
 
 
+def trained_elsewhere(result: dict) -> dict[str, tuple]:
+    """{what: (there, here)} of the machine and the libraries, on which a run's bits depend."""
+    here = utils.segment(Config(**result["config"]), 0)
+    found = {}
+    for part in result["segments"]:
+        for name in ("device", "hardware", "vector_units", "precision", "threads", "versions"):
+            there = part.get(name, "not known")
+            if there != here[name]:
+                found[name] = there, here[name]
+    return found
+
+
 def _note_repeated(stored: dict[str, dict], differing: dict[str, list[str]], store: Store):
     """Notes each earlier code whose runs all came out the same, with their names."""
     runs_of = {}
     for name, result in stored.items():
+        if differing[name] and trained_elsewhere(result):
+            continue
         for code in _codes_of(result) - {CODE_SHA256}:
             runs_of.setdefault(code, []).append(name)
     for code, names in runs_of.items():
@@ -1448,12 +1462,19 @@ def _note_repeated(stored: dict[str, dict], differing: dict[str, list[str]], sto
 
 
 def repeated_codes(store: Store) -> dict[str, list[str]]:
-    """{hash of an earlier utils.py: runs of it that this one has repeated bit for bit}."""
+    """{hash of an earlier utils.py: runs of it that came out bit for bit}.
+
+    Of this utils.py, or of one whose runs this one repeats.
+    """
     found = {}
-    for name in store.names(f"notes/repeated_{CODE_SHA256[:16]}_*.json"):
-        note = json.loads(store.read(name) or b"{}")
-        if note.get("code") == CODE_SHA256:
-            found[note["repeats"]] = note["runs"]
+    later = [CODE_SHA256]
+    while later:
+        code = later.pop()
+        for name in store.names(f"notes/repeated_{code[:16]}_*.json"):
+            note = json.loads(store.read(name) or b"{}")
+            if note.get("code") == code and note["repeats"] not in found:
+                found[note["repeats"]] = note["runs"]
+                later.append(note["repeats"])
     return found
 
 
@@ -1864,7 +1885,14 @@ def print_repeated(names: list[str], session: Session) -> int:
         return 1
     differing = repeat([Config(**results[name]["config"]) for name in names], session)
     for name, what in differing.items():
-        print(f"{name}: {'other ' + ', '.join(what) if what else 'the same, bit for bit'}")
+        elsewhere = trained_elsewhere(results[name])
+        if not what:
+            print(f"{name}: the same, bit for bit")
+        elif elsewhere:
+            print(f"{name}: other {', '.join(what)}, but trained elsewhere (there, here): "
+                  f"{elsewhere}")
+        else:
+            print(f"{name}: other {', '.join(what)}")
     return int(any(differing.values()))
 
 

@@ -422,7 +422,7 @@ def by_yesterdays_code(store, cfg, **changes):
 
 
 def test_results_of_earlier_code_count_once_their_runs_are_repeated(
-        tmp_path, monkeypatch):
+        tmp_path, monkeypatch, capsys):
     make_small(monkeypatch)
     session = session_of(tmp_path, CFG)
     store = session.store
@@ -442,12 +442,35 @@ def test_results_of_earlier_code_count_once_their_runs_are_repeated(
     assert "checked on 1" in code_line(cfgs, store)
     assert {cfg: store.result(cfg) for cfg in cfgs} == before  # what is stored stays
 
+    # the next change of the code need only repeat runs of this one
+    newest = replace(cfgs[0], seed=1)
+    train_all([newest], session)
+    with monkeypatch.context() as patch:
+        patch.setattr(utils, "CODE_SHA256", "of tomorrow")
+        patch.setattr(experiments, "CODE_SHA256", "of tomorrow")
+        assert of_other_code([*cfgs, newest], store) == [*cfgs, newest]
+        assert repeat([newest], session) == {run_name(newest): []}
+        assert of_other_code([*cfgs, newest], store) == []
+
     # one run that comes out otherwise, and the code is another one again
     history = store.result(cfgs[1])["history"]
     history[-1]["val_loss"] += 1e-12
     by_yesterdays_code(store, cfgs[1], history=history)
     assert repeat(cfgs, session) == {run_name(cfgs[0]): [], run_name(cfgs[1]): ["history"]}
     assert of_other_code(cfgs, store) == cfgs
+    assert experiments.print_repeated([run_name(cfg) for cfg in cfgs], session) == 1
+    assert capsys.readouterr().out.splitlines() == [
+        f"{run_name(cfgs[0])}: the same, bit for bit", f"{run_name(cfgs[1])}: other history"]
+
+    # unless it was trained on another machine, where bits may differ by themselves
+    here = torch.backends.cpu.get_cpu_capability()
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "of old")
+    assert experiments.trained_elsewhere(store.result(cfgs[1])) == {
+        "vector_units": (here, "of old")}
+    repeat(cfgs, session)
+    assert of_other_code(cfgs, store) == []
+    experiments.print_repeated([run_name(cfg) for cfg in cfgs], session)
+    assert "trained elsewhere" in capsys.readouterr().out
 
 
 def test_other_predictions_are_not_the_same_run(tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ from utils import (
     select_lowest,
     sensitivity,
     trainable_per_layer,
+    unflatten,
 )
 
 BUILT_IN = ("least_sensitive", "most_sensitive", "lowest_magnitude", "highest_magnitude",
@@ -367,6 +368,18 @@ def test_a_rule_may_ask_for_the_fisher_information(tiny_vit, images, rule_named_
     scores = flatten({n: fisher[n] * w.square() for n, w in maskable(tiny_vit).items()})
     chosen = flatten(mask)
     assert scores[chosen].max() <= scores[~chosen].min()
+
+
+@pytest.mark.parametrize("combine", ["mean", "vote"])
+def test_a_rule_may_rank_in_whole_numbers(tiny_vit, images, rule_named_mine, combine):
+    def rank_of_sensitivity(weights, fisher, draw):
+        ranks = flatten(fisher).argsort().argsort()
+        return unflatten(ranks, weights)
+    options = dict(sparsity=0.9, rounds=3, labels=[LABELS], combine=combine)
+    rule_named_mine(rank_of_sensitivity, needs_fisher=True)
+    ranked = calibrate_mask(tiny_vit, [images], rule="mine", **options)
+    scored = calibrate_mask(tiny_vit, [images], rule="least_sensitive", **options)
+    assert torch.equal(flatten(ranked), flatten(scored))
 
 
 @pytest.mark.parametrize(("wrong", "named"), [

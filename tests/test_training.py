@@ -329,10 +329,12 @@ def test_each_part_of_a_run_says_where_it_was_trained(store, monkeypatch):
         raise KeyboardInterrupt
     federated(CFG, store, watch=stop)
     monkeypatch.setattr(utils, "hardware", lambda: "another machine")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "other units")
     monkeypatch.setattr(utils, "CODE_SHA256", "other code")
     first, second = federated(CFG, store)["segments"]
     assert (first["after_round"], second["after_round"]) == (0, 2)
     assert first["hardware"] != second["hardware"] == "another machine"
+    assert first["vector_units"] != second["vector_units"] == "other units"
     assert first["code"] != second["code"] == "other code"
     assert first["versions"].keys() == {"torch", "torchvision", "timm", "numpy"}
     assert {"device", "precision", "threads", "python"} <= first.keys()
