@@ -379,7 +379,8 @@ def picture_of(cfg: Config, history: list[dict]) -> str:
         losses = [row[name] for row in rows]
         style = look(i)
         if name == "train_loss":
-            style["marker"] = ""  # there is one every round
+            # there is one every round, which a line shows; a single one it does not
+            style["marker"] = "" if len(rows) > 1 else "."
         left.plot(at, losses, label=label, **style)
     rounds = [row["round"] for row in evaluated]
     accuracies = [100 * row["val_top1"] for row in evaluated]
