@@ -2,12 +2,14 @@
 
 Images a second of a round, and the share of the bf16 peak that its matrix products reach; how
 often a round waits for the device, and where (it should once, at its end); which attention kernel
-runs (it should be flash); a round with a compiled model, and with CUDA graphs, next to the eager
-one; peak memory by cohort. Without a GPU this says so and ends.
+runs (it should be flash); a round, and the error of a gradient, by precision; a round with a
+compiled model, and with CUDA graphs, next to the eager one; peak memory by cohort. Without a GPU
+this says so and ends.
 """
 import warnings
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -90,6 +92,36 @@ def compiled_row(run: Run, state: State, pairs: int, mode: str) -> dict:
     return dict(what=f"compiled: {mode}", **describe(run.cfg), **compare(times, "ours", "eager"))
 
 
+def precision_rows(run: Run, state: State, pairs: int) -> list[dict]:
+    """A round in fp16 and in float32 (without TF32) over one in bf16."""
+    kinds = {name: replace(run, cfg=replace(run.cfg, precision=name))
+             for name in ("bf16", "fp16", "float32")}
+    times = in_turns(pairs, **{name: partial(federated_round, kind, state)
+                               for name, kind in kinds.items()})
+    words = describe(run.cfg)
+    return [dict(what=f"round: {name} over bf16", **words, **compare(times, name, "bf16"))
+            for name in ("fp16", "float32")]
+
+
+def gradient_errors(run: Run) -> dict[str, float]:
+    """|g - g32| / |g32| of a batch's gradient in each precision, g32 the one of float32."""
+    gradients = {}
+    for name in ("float32", "fp16", "bf16"):
+        kind = replace(run, cfg=replace(run.cfg, precision=name))
+        x = model_input(run.data.images[:run.cfg.batch_size], run.model)
+        with autocast(kind.cfg, x.device):
+            logits = run.model(x)
+        # scaled as a local step scales it: fp16 loses small gradients else
+        factor = 1024 if name == "fp16" else 1
+        loss = F.cross_entropy(logits.float(), run.data.labels[:run.cfg.batch_size])
+        (factor * loss).backward()
+        gradients[name] = torch.cat([p.grad.flatten() for p in run.model.parameters()]) / factor
+        run.model.zero_grad()
+    reference = gradients.pop("float32")
+    return {name: ((g - reference).norm() / reference.norm()).item()
+            for name, g in gradients.items()}
+
+
 def memory_rows(run: Run, state: State, cohorts=(2, 10, 50)) -> list[dict]:
     rows = []
     for n in cohorts:
@@ -113,6 +145,8 @@ def main(args):
         facts[f"waits_{size}"] = dict(found)
         facts[f"attention_{size}"] = sorted(attention_kernels(run))
         rows.append(dict(what="waits in a round", **describe(run.cfg), count=sum(found.values())))
+        rows += precision_rows(run, state, args.pairs)
+        facts[f"gradient_error_{size}"] = gradient_errors(run)
         rows += memory_rows(run, state)
         if not args.quick:
             for mode in ("default", "reduce-overhead"):

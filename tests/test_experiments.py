@@ -45,7 +45,8 @@ BASE = preset("small", dataset="synthetic")
 
 
 def session_of(path, base=BASE, name="small", seeds=(0,), **options):
-    return Session(name, base, Store(path, quiet=True), path / "figures", seeds, 1, **options)
+    return Session(name, base, Store(path, quiet=True), path / "figures", seeds, 1,
+                   experiments.SCALES[name], **options)
 
 
 def put(cfg, store, accuracies, status="finished", test=None, code=utils.CODE_SHA256):
