@@ -106,6 +106,7 @@ def precision_rows(run: Run, state: State, pairs: int) -> list[dict]:
 def gradient_errors(run: Run) -> dict[str, float]:
     """|g - g32| / |g32| of a batch's gradient in each precision, g32 the one of float32."""
     gradients = {}
+    run.model.zero_grad()   # rounds leave the gradient of their last step
     for name in ("float32", "fp16", "bf16"):
         kind = replace(run, cfg=replace(run.cfg, precision=name))
         x = model_input(run.data.images[:run.cfg.batch_size], run.model)
