@@ -373,14 +373,26 @@ def _plain_source(function: Callable) -> str:
                          "`def` in a cell or a file, on lines of its own") from error
 
 
+class _StringsAsCalls(ast.NodeTransformer):
+    """f-strings become calls: versions of Python differ in how they write them back."""
+    def visit_JoinedStr(self, node):
+        self.generic_visit(node)
+        return ast.Call(ast.Name("f"), node.values, [])
+
+    def visit_FormattedValue(self, node):
+        self.generic_visit(node)
+        parts = [*ast.iter_child_nodes(node), ast.Constant(node.conversion)]
+        return ast.Call(ast.Name("value"), parts, [])
+
+
 def _plain(source: str) -> str:
-    """The code alone: two sources that differ in comments, docstrings and layout are the same."""
+    """The code alone: comments, docstrings, layout and the version of Python decide nothing."""
     tree = ast.parse(source)
     for node in ast.walk(tree):
         documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
         if documented and ast.get_docstring(node) is not None:
             node.body[0] = ast.Pass()
-    return ast.unparse(tree)
+    return ast.unparse(_StringsAsCalls().visit(tree))
 
 
 # The code that runs is the code at import: a later edit of the file must not change its hash.
@@ -1092,10 +1104,11 @@ def learning_rate(cfg: Config, progress: float) -> float:
 
 
 def precision_name(cfg: Config, where: torch.device) -> str:
-    """"float32", "bf16" or "fp16": what "auto" means on this device."""
+    """"float32", "bf16" or "fp16": what "auto" means for this model on this device."""
     if cfg.precision != "auto":
         return cfg.precision
-    if where.type != "cuda":
+    # Products of the small backbone take less time than the casts that would make them shorter.
+    if where.type != "cuda" or cfg.arch == "mini":
         return "float32"
     return "bf16" if torch.cuda.get_device_capability(where) >= (8, 0) else "fp16"
 
@@ -1663,11 +1676,7 @@ def _synthetic(per_class: int) -> tuple[Tensor, Tensor]:
 
 
 def or_synthetic(cfg: Config) -> Config:
-    """`cfg`, or its like on synthetic images, with a warning, where its data set cannot be had.
-
-    It tries to load (and download) the data set. For demonstrations only: accuracies on synthetic
-    images mean nothing.
-    """
+    """`cfg`, or its like on synthetic images, with a warning, where its data cannot be loaded."""
     try:
         load_data(cfg)
         return cfg

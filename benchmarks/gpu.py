@@ -92,35 +92,46 @@ def compiled_row(run: Run, state: State, pairs: int, mode: str) -> dict:
     return dict(what=f"compiled: {mode}", **describe(run.cfg), **compare(times, "ours", "eager"))
 
 
+def at_precision(run: Run, name: str) -> Run:
+    return replace(run, cfg=replace(run.cfg, precision=name))
+
+
 def precision_rows(run: Run, state: State, pairs: int) -> list[dict]:
     """A round in fp16 and in float32 (without TF32) over one in bf16."""
-    kinds = {name: replace(run, cfg=replace(run.cfg, precision=name))
-             for name in ("bf16", "fp16", "float32")}
-    times = in_turns(pairs, **{name: partial(federated_round, kind, state)
-                               for name, kind in kinds.items()})
-    words = describe(run.cfg)
-    return [dict(what=f"round: {name} over bf16", **words, **compare(times, name, "bf16"))
-            for name in ("fp16", "float32")]
+    work = {}
+    for name in ("bf16", "fp16", "float32"):
+        work[name] = partial(federated_round, at_precision(run, name), state)
+    times = in_turns(pairs, **work)
+    rows = []
+    for name in ("fp16", "float32"):
+        ratio = compare(times, name, "bf16")
+        rows.append(dict(what=f"round: {name} over bf16", **describe(run.cfg), **ratio))
+    return rows
+
+
+def batch_gradient(run: Run, name: str) -> torch.Tensor:
+    """The gradient of one batch at a precision, in a vector of float32."""
+    run.model.zero_grad()
+    cfg = at_precision(run, name).cfg
+    x = model_input(run.data.images[:cfg.batch_size], run.model)
+    labels = run.data.labels[:cfg.batch_size]
+    with autocast(cfg, x.device):
+        loss = F.cross_entropy(run.model(x), labels)
+    # scaled as a local step scales it: fp16 loses small gradients else
+    scale = 1024 if name == "fp16" else 1
+    (scale * loss).backward()
+    parts = [p.grad.flatten() for p in run.model.parameters()]
+    return torch.cat(parts) / scale
 
 
 def gradient_errors(run: Run) -> dict[str, float]:
-    """|g - g32| / |g32| of a batch's gradient in each precision, g32 the one of float32."""
-    gradients = {}
-    run.model.zero_grad()   # rounds leave the gradient of their last step
-    for name in ("float32", "fp16", "bf16"):
-        kind = replace(run, cfg=replace(run.cfg, precision=name))
-        x = model_input(run.data.images[:run.cfg.batch_size], run.model)
-        with autocast(kind.cfg, x.device):
-            logits = run.model(x)
-        # scaled as a local step scales it: fp16 loses small gradients else
-        factor = 1024 if name == "fp16" else 1
-        loss = F.cross_entropy(logits.float(), run.data.labels[:run.cfg.batch_size])
-        (factor * loss).backward()
-        gradients[name] = torch.cat([p.grad.flatten() for p in run.model.parameters()]) / factor
-        run.model.zero_grad()
-    reference = gradients.pop("float32")
-    return {name: ((g - reference).norm() / reference.norm()).item()
-            for name, g in gradients.items()}
+    """|g - g32| / |g32| of a batch's gradient in fp16 and bf16, g32 the one of float32."""
+    exact = batch_gradient(run, "float32")
+    errors = {}
+    for name in ("fp16", "bf16"):
+        difference = batch_gradient(run, name) - exact
+        errors[name] = (difference.norm() / exact.norm()).item()
+    return errors
 
 
 def memory_rows(run: Run, state: State, cohorts=(2, 10, 50)) -> list[dict]:

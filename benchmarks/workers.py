@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from common import MINI, compare, describe, options, report, seconds
 
-from notebooks.experiments import Session, train_all
+from notebooks.experiments import SCALES, Session, train_all
 from utils import Config, Store
 
 WORKERS = 2
@@ -21,7 +21,8 @@ def train_grid(cfgs: list[Config], workers: int):
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         store = Store(root, quiet=True)
-        session = Session("small", cfgs[0], store, root / "figures", seeds=(0,), workers=workers)
+        session = Session("small", cfgs[0], store, root / "figures", seeds=(0,), workers=workers,
+                          scale=SCALES["small"])
         left = train_all(cfgs, session)
     if left:
         raise RuntimeError(f"{len(left)} of {len(cfgs)} runs are left")

@@ -255,7 +255,7 @@ def on_vits16(session: Session) -> Session:
     """The session of "small" with a ViT-S/16 at 96 px: is what it finds one of its backbone?
 
     The weights are those trained on Tiny-ImageNet, `weights/vits16_tin.safetensors`; batches,
-    clients and lengths stay. Sections `six_models` and `rules` are meant, on a GPU.
+    clients and lengths stay. Meant are `rules` and the centralised two of `six_models`, on a GPU.
     """
     base = replace(session.base, weights="vits16_tin", arch="vits16", image_size=96, lr=0.3)
     return replace(session, base=base, scale=_BACKBONE)
@@ -1798,7 +1798,7 @@ def budget(preset_name: str, seeds: int = 1, store: Store | None = None,
     with tempfile.TemporaryDirectory() as folder:
         base = preset(preset_name, dataset="cifar100")
         session = Session(preset_name, base, Store(Path(folder), frozen=True),
-                          Path(folder), tuple(range(seeds)), 1)
+                          Path(folder), tuple(range(seeds)), 1, SCALES[preset_name])
         plans = {name: planned(name, session) for name in SECTIONS}
     speed, source = throughput(preset_name, store) if store else (T4_FLOPS, "estimated for a T4")
     counted = {}   # run -> images trained, evaluated, and FLOP, so far
@@ -1867,6 +1867,8 @@ def main(arguments: list[str] | None = None) -> int:
     running.add_argument("--workers", type=int)
     running.add_argument("--hours", type=float)
     running.add_argument("--on-cpu", action="store_true", help="full and lite without a GPU")
+    running.add_argument("--vits16", action="store_true",
+                         help="small with a ViT-S/16 at 96 px, for a GPU; section rules is meant")
     again = commands.add_parser(
         "repeat", help="train stored runs anew and compare, after a change that should change none")
     again.add_argument("runs", nargs="+", metavar="RUN", help="the name of a stored run")
@@ -1891,6 +1893,8 @@ def main(arguments: list[str] | None = None) -> int:
         return print_repeated(asked.runs, session)
     session = open_session(asked.preset, asked.seeds, hours=asked.hours, on_cpu=asked.on_cpu,
                            workers=asked.workers)
+    if asked.vits16:
+        session = on_vits16(session)
     for name in asked.sections:
         left = run_section(name, session)
         print(f"{name}: {len(left)} runs left" if left else f"{name}: done", flush=True)

@@ -54,8 +54,10 @@ def frozen_session(preset: str) -> Session:
 
 
 def read_cells(session: Session) -> Cells:
-    """Every cell of every section."""
-    return {name: read_section(section, session) for name, section in SECTIONS.items()}
+    """Every cell of every section, and of the rules on the larger backbone, as "rules_vits16"."""
+    cells = {name: read_section(section, session) for name, section in SECTIONS.items()}
+    larger = experiments.on_vits16(session)
+    return cells | {"rules_vits16": read_section(SECTIONS["rules"], larger)}
 
 
 def read_section(section: Section, session: Session) -> dict[tuple, Cell]:

@@ -187,6 +187,17 @@ def by_value(symbol: str, cells: dict[tuple, Cell]) -> dict[tuple, Cell]:
             for (sharding, value), cell in cells.items()}
 
 
+def by_backbone(backbones: dict[str, dict[tuple, Cell]]) -> dict[tuple, Cell]:
+    """{(rule, backbone, sharding): cell} of the rules and shardings that all backbones have."""
+    common = set.intersection(*(set(cells) for cells in backbones.values()))
+    found = {}
+    for name, cells in backbones.items():
+        for (rule, sharding), cell in cells.items():
+            if (rule, sharding) in common:
+                found[rule, name, sharding] = cell
+    return found
+
+
 def protocol_table(cells: dict[tuple, Cell]) -> str:
     """Losses before training, on validation and as clients see it; validation accuracies."""
     heads = [command("protocolhead", i) for i in range(1, 6)]
@@ -366,6 +377,8 @@ def make_tables(cells: Cells, session: Session) -> dict[str, str]:
         "six": pivot(cells["six_models"], 1, rates=True, untrained=False),
         "masks": pivot(by_value("s", cells["sparsity"]) | by_value("R", cells["calibration"]), 1),
         "rules": pivot(cells["rules"], 1, rates=True),
+        "backbones": pivot(by_backbone({"small ViT": cells["rules"],
+                                        "ViT-S/16": cells["rules_vits16"]}), 1, rates=True),
         "map": map_table(shown),
         "mapplot": map_plot(shown),
         "longer": longer_table(cells["longer"]),

@@ -1,4 +1,5 @@
 """A run's configuration, its key and its name: no stored result is of what was not asked for."""
+import hashlib
 import importlib.util
 import json
 import os
@@ -238,6 +239,19 @@ def test_the_hash_of_the_code_is_of_what_was_imported(tmp_path):
     assert edited.segment(edited.Config(), 3)["code"] != utils.CODE_SHA256
     comment = module_of(text + "\n# a comment\n", tmp_path, "utils_comment")
     assert comment.CODE_SHA256 == utils.CODE_SHA256
+
+
+F_STRINGS = """
+def error(cfg, width):
+    'Two lines, to be told apart.'
+    return f'lr={cfg.lr:{width}.2f} of "{cfg.name!r}"' f" is {'too' if width else 'much'} high"
+"""
+
+
+def test_the_hash_of_a_source_is_that_of_other_versions_of_python():
+    """As computed by Python 3.11, 3.12 and 3.14; 3.12 writes the quotes of f-strings otherwise."""
+    assert hashlib.sha256(utils._plain(F_STRINGS).encode()).hexdigest() == (
+        "4eb42b099d79202fea1b5279933faa1f94398112efc3ecdd5d08613e1a5955e3")
 
 
 IDEA = """

@@ -527,6 +527,15 @@ def test_lower_precision_follows_float32(kind, dtype):
         assert low_vector[n].dtype == torch.float32
 
 
+@pytest.mark.parametrize(("arch", "capability", "precision"), [
+    ("vits16", (7, 5), "fp16"), ("vits16", (8, 0), "bf16"), ("mini", (8, 0), "float32")])
+def test_what_auto_means_on_a_gpu(monkeypatch, arch, capability, precision):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda where: capability)
+    cfg = replace(CFG, arch=arch, weights="none", precision="auto")
+    assert utils.precision_name(cfg, torch.device("cuda")) == precision
+    assert utils.precision_name(cfg, torch.device("cpu")) == "float32"
+
+
 def test_the_step_sees_unscaled_gradients():
     """A scale that leaked into the step would multiply it."""
     run, start = small_run(replace(CFG, precision="fp16", num_clients=1))

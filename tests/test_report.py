@@ -32,7 +32,8 @@ CLAIMS = claims_of.read_claims()
 # ------------------------------------------------------------------ stored runs, made up
 def session_in(folder) -> Session:
     store = Store(folder, frozen=True)
-    return Session("small", preset("small"), store, folder / "figures", (0, 1, 2), 1)
+    return Session("small", preset("small"), store, folder / "figures", (0, 1, 2), 1,
+                   experiments.SCALES["small"])
 
 
 def put(folder, cfg: Config, val: float, test: float | None = None, start: float = 0.35,

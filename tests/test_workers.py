@@ -31,7 +31,8 @@ GRID = [
 
 def session_of(path, workers=2, **options):
     store = Store(path, minutes=0, quiet=True)
-    return Session("small", CFG, store, path / "figures", (0,), workers, **options)
+    return Session("small", CFG, store, path / "figures", (0,), workers,
+                   experiments.SCALES["small"], **options)
 
 
 @pytest.fixture(scope="module", autouse=True)
