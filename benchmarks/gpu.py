@@ -154,16 +154,18 @@ def main(args):
         run, state = start(replace(VITS, image_size=size, local_steps=4, batch_size=64))
         rows.append(throughput(run, state, args.pairs, args.peak_tflops))
         found = waits(run, state)
+        count = sum(found.values())
+        rows.append(dict(what="waits in a round", **describe(run.cfg), count=count))
         facts[f"waits_{size}"] = dict(found)
         facts[f"attention_{size}"] = sorted(attention_kernels(run))
-        rows.append(dict(what="waits in a round", **describe(run.cfg), count=sum(found.values())))
         rows += precision_rows(run, state, args.pairs)
         facts[f"gradient_error_{size}"] = gradient_errors(run)
         rows += memory_rows(run, state)
         if not args.quick:
             for mode in ("default", "reduce-overhead"):
                 rows.append(compiled_row(run, state, args.pairs, mode))
-    print(*(f"{k}: {v}" for k, v in facts.items()), sep="\n")
+    for name, value in facts.items():
+        print(f"{name}: {value}")
     report(__file__, args, rows, peak_tflops=args.peak_tflops, **facts)
 
 

@@ -20,6 +20,8 @@ ROWS = {
     ("round_cost_cpu", "calibration"): "calibration, over a forward and backward pass a sample",
     ("against_naive_cpu", "round"): "a round, over a plain loop of deep copies",
     ("against_naive_cpu", "peak memory"): "its peak memory, over a plain loop",
+    ("gpu_gpu", "round: fp16 over bf16"): "on the GPU, a round in fp16, over bf16",
+    ("gpu_gpu", "round: float32 over bf16"): "on the GPU, a round in float32, over bf16",
     ("against_flower_cpu", "round"): "a round, over Flower's simulation engine",
     ("against_flower_cpu", "peak memory"): "its peak memory, over Flower's simulation engine",
 }

@@ -208,7 +208,7 @@ _SMALL = Scale(
     batches=(32, 64, 128),
     schedules=("cosine", "constant", "step", "warmup_cosine"),
     shardings=(None, 50, 10, 5, 1), local_steps=(4, 8, 16), nc=10,
-    sparsities=(0.5, 0.9, 0.99), calibration_rounds=(1, 4, 8),
+    sparsities=(0.0, 0.5, 0.9, 0.99), calibration_rounds=(1, 4, 8),
     sweep_shardings=(None, 10, 1), rules=ALL_RULES, rule_shardings=(None, 10, 1),
     map_rules=(None, "least_sensitive", "most_sensitive", "random"),
     map_shardings=(None, 10, 1), map_rungs=(-3, -2, -1, 0, 1, 2, 3), more_rounds=4,
@@ -219,7 +219,7 @@ _SMALL = Scale(
 _LITE = replace(
     _SMALL, headline=512, sweep=256, protocol=64, search=64, baseline_epochs=8,
     epochs=(1, 2, 4, 8, 16), decays=(1e-4, 5e-4), batches=(64, 128),
-    sparsities=(0.5, 0.8, 0.9, 0.95, 0.99), calibration_rounds=(1, 2, 4, 8),
+    sparsities=(0.0, 0.5, 0.8, 0.9, 0.95, 0.99), calibration_rounds=(1, 2, 4, 8),
     rule_shardings=(None, 10, 5, 1), consensus=CONSENSUS,
     map_rules=(None, "least_sensitive", "random"), map_shardings=(None, 1),
     map_rungs=(-2, -1, 0, 1, 2, 3), longer_rungs=(0, 1, 2, -1),
@@ -237,7 +237,7 @@ _DEMO = replace(
     baseline_epochs=1, search_epochs=1, decays=(5e-4,), batches=(64,),
     schedules=("cosine", "constant"),
     nc=10, sparsities=(0.5, 0.9), calibration_rounds=(1, 4), sweep_shardings=(None, 10),
-    rule_shardings=(None, 1), map_rules=(None, "least_sensitive"), map_shardings=(None,),
+    rule_shardings=(None, 1), map_rules=(None, "least_sensitive"), map_shardings=(1,),
     map_rungs=(0, 1), more_rounds=2, longer_rungs=(0, 1), skews=(5,),
     consensus=tuple((how, 0.1) for how, _ in CONSENSUS[:4]))
 
@@ -400,7 +400,11 @@ def _sparse(session: Session, nc: int | None, **changes) -> Config:
 
 
 def sparsity(session: Session) -> Cells:
-    """Share of the weights that the mask freezes, each at its own rate."""
+    """Share of the weights that the mask freezes, each at its own rate.
+
+    None frozen is the control of what masks cost: all weights but the head, which every sparse run
+    leaves as it was fitted.
+    """
     return {(nc_label(nc), s): _sparse(session, nc, sparsity=s)
             for s in session.scale.sparsities for nc in session.scale.sweep_shardings}
 
@@ -671,11 +675,12 @@ def first_guess(cfg: Config) -> float:
     Relative to the preset's rate: one class a client wants steps about ten times shorter, one long
     walk of all weights too, masks that free little of the Fisher information longer ones.
     """
-    rungs = {None: -1, "least_sensitive": 2, "query_key": 1, "most_sensitive": -1}.get(cfg.rule, 0)
-    if cfg.centralized and cfg.rule is None:
+    rule = cfg.rule if cfg.sparsity else None  # a mask that freezes nothing
+    rungs = {None: -1, "least_sensitive": 2, "query_key": 1, "most_sensitive": -1}.get(rule, 0)
+    if cfg.centralized and rule is None:
         rungs -= 2
     elif cfg.classes_per_client == 1:
-        rungs += {None: -3, "least_sensitive": -1, "most_sensitive": 0}.get(cfg.rule, -2)
+        rungs += {None: -3, "least_sensitive": -1, "most_sensitive": 0}.get(rule, -2)
     elif cfg.classes_per_client and cfg.classes_per_client <= 5:
         rungs -= 1
     return rate_of(rung_of(cfg.lr) + rungs)
@@ -1361,6 +1366,41 @@ def section_frames(name: str, session: Session) -> tuple[pd.DataFrame, pd.DataFr
     labels = pd.DataFrame(labels, columns=[*section.columns, "run"])
     return tuple(labels.merge(frame.drop(columns=[*section.columns], errors="ignore"), on="run")
                  for frame in (runs, history))
+
+
+EQUAL_GAIN = 0.25   # nats of a client's own loss at which damages are compared
+
+
+def trade_offs(session: Session) -> pd.DataFrame:
+    """What a client's first vector gains on its own classes and costs the others, by rate.
+
+    Of all rules at the map's skewed shardings, at rates around each one's own: rule, sharding,
+    seed, lr; gain and damage, means in nats over a cohort. Measured where it is not stored, unless
+    the store is frozen; see `extension.trade_off`.
+    """
+    scale = session.scale
+    rows = []
+    for nc in filter(None, scale.map_shardings):
+        for rule in (None, *scale.rules):
+            cfg = replace(session.base, rule=rule, classes_per_client=nc)
+            cfg = at_own_rate(with_steps(cfg, scale.sweep), session)
+            rates = [rate_of(rung_of(cfg.lr) + step) for step in sorted(scale.map_rungs)]
+            for seed in session.seeds:
+                found = extension.trade_off(replace(cfg, seed=seed), session.store, rates)
+                if not found:
+                    continue
+                for lr, gain, damage in zip(rates, found["gain"], found["damage"], strict=True):
+                    means = np.array([gain, damage], dtype=float).mean(1)  # None becomes NaN
+                    rows.append((rule_label(rule), nc_label(nc), seed, lr, *means))
+    return pd.DataFrame(rows, columns=["rule", "sharding", "seed", "lr", "gain", "damage"])
+
+
+def damages(measured: pd.DataFrame) -> pd.DataFrame:
+    """Damage at equal gain: a row a rule, sharding and seed of `trade_offs`, where it is known."""
+    rows = []
+    for key, part in measured.groupby(["rule", "sharding", "seed"], sort=False):
+        rows.append((*key, extension.damage_at(part.gain, part.damage, EQUAL_GAIN)))
+    return pd.DataFrame(rows, columns=["rule", "sharding", "seed", "damage"]).dropna()
 
 
 def interval_table(runs: pd.DataFrame, index, columns, value: str = "test") -> pd.DataFrame:

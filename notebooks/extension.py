@@ -11,7 +11,7 @@ registered at the end: importing this module makes `Config(algorithm="scaffold")
 possible. Constants stand inside the classes, for their source is part of a run's key.
 """
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 
@@ -475,7 +475,7 @@ def damage_over_gain(change: Tensor, own: Tensor, everyone: Tensor) -> dict:
     images falls, `damage` by how much that of all other clients' rises, both weighted by class, one
     a vector. `ratio` is damage over gain of all vectors together, None where they gain nothing.
     """
-    known = change.isfinite().all(0)
+    known = ~change.isnan().any(0)
     change = change[:, known].double()
     own = own[:, known]
     others = everyone[known] - own
@@ -567,6 +567,8 @@ def measures_sha256() -> str:
         diagnose,
         disagreement,
         interference,
+        effects,
+        trade_off,
         along,
         unlearn,
         right_answers,
@@ -598,12 +600,23 @@ def kept(kind: str, cfg: Config, store: Store, options: dict,
         run = replace(run, algorithm=FedAvg(cfg))
         if at == "start":
             start = {n: w.clone() for n, w in run.weights().items()}
-            return measure(run, State(start))
+            return without_nan(measure(run, State(start)))
         if state.round != cfg.length:
             raise ValueError(f"{run_name(cfg)} is stored up to round {state.round} of "
                              f"{cfg.length}: train it first, then measure it")
-        return measure(run, replace(state, algorithm_state={}))
+        return without_nan(measure(run, replace(state, algorithm_state={})))
     return store.compute_or_load(kind, key, compute)
+
+
+def without_nan(value):
+    """None, which JSON has, for every NaN and infinity, which it lacks, in lists and dicts."""
+    if isinstance(value, dict):
+        return {name: without_nan(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [without_nan(part) for part in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
 
 
 def sample(run: Run, number: int) -> tuple[Tensor, Tensor]:
@@ -684,19 +697,13 @@ def disagreement(run: Run, vectors: list[Params], mean: Params) -> dict:
     """Norms, cosines and agreement in sign."""
     norms = [squared_norm(v).sqrt().item() for v in vectors]
     by_chance = random_signs(vectors, rng("scorers", run.cfg.seed))
-    agreement = pairwise_sign_agreement(vectors).tolist()
     return dict(
         norms=norms,
         mean_norm=squared_norm(mean).sqrt().item(),
         cosine=pairwise_cosines(vectors).tolist(),
-        sign_agreement=[without_nan(row) for row in agreement],
+        sign_agreement=pairwise_sign_agreement(vectors).tolist(),
         weighted_agreement=weighted_sign_agreement(vectors),
         weighted_floor=weighted_sign_agreement(by_chance))
-
-
-def without_nan(row: list[float]) -> list[float | None]:
-    """None, which JSON has, for NaN, which it lacks."""
-    return [None if math.isnan(value) else value for value in row]
 
 
 def interference(run: Run, start: Params, clients: list[int], vectors: list[Params], mean: Params,
@@ -708,25 +715,34 @@ def interference(run: Run, start: Params, clients: list[int], vectors: list[Para
     owned = own[:, labels] > 0
 
     loss, prediction = answers(run, start, images, labels)
-    changes, singles = [], []
-    for vector in vectors:
-        new_loss, new_prediction = answers(run, add(start, vector), images, labels)
-        changes.append(class_means(new_loss - loss, labels, num_classes))
-        singles.append(new_prediction)
-    singles = torch.stack(singles)
-
-    mean_loss, mean_prediction = answers(run, add(start, mean), images, labels)
-    of_mean = class_means(mean_loss - loss, labels, num_classes)
     total = vectors[0]
     for vector in vectors[1:]:
         total = add(total, vector)
-    _, sum_prediction = answers(run, add(start, total), images, labels)
+    changes, predictions = effects(run, start, [*vectors, mean, total], loss, images, labels)
+    singles = predictions[:-2]
     return dict(
-        single=damage_over_gain(torch.stack(changes), own, everyone),
-        mean=damage_over_gain(of_mean[None], own.sum(0, keepdim=True), everyone),
+        single=damage_over_gain(changes[:-2], own, everyone),
+        mean=damage_over_gain(changes[-2:-1], own.sum(0, keepdim=True), everyone),
         localization_error=localization_error(singles, prediction, owned),
-        disentanglement_error=disentanglement_error(singles, sum_prediction, owned),
-        mean_error=disentanglement_error(singles, mean_prediction, owned))
+        disentanglement_error=disentanglement_error(singles, predictions[-1], owned),
+        mean_error=disentanglement_error(singles, predictions[-2], owned))
+
+
+def effects(run: Run, start: Params, vectors: list[Params], loss: Tensor, images: Tensor,
+            labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Changes of loss (vectors, classes) and predictions (vectors, n) with each vector added.
+
+    `loss` (n,) is that at the start.
+    """
+    num_classes = number_of_classes(run)
+    changes, predictions = [], []
+    for vector in vectors:
+        new_loss, prediction = answers(run, add(start, vector), images, labels)
+        # a vector that diverged is infinitely bad, and no class without images
+        change = new_loss.nan_to_num(nan=math.inf, posinf=math.inf) - loss
+        changes.append(class_means(change, labels, num_classes))
+        predictions.append(prediction)
+    return torch.stack(changes), torch.stack(predictions)
 
 
 def along(run: Run, start: Params, vector: Params, alphas: list[float], images: Tensor,
@@ -739,6 +755,50 @@ def along(run: Run, start: Params, vector: Params, alphas: list[float], images: 
         hits = (prediction == labels).float()
         top1.append(hits.mean().item())
     return dict(alphas=alphas, losses=losses, top1=top1)
+
+
+def trade_off(cfg: Config, store: Store, rates: Iterable[float], images: int = 1000) -> dict:
+    """What a client's first task vector gains on its own classes and costs the others, by rate.
+
+    Vectors of two rules at one rate differ in how far they go; compare damages at equal gain, with
+    `damage_at`. Of the cohort of the first round, at the untrained start: `clients`, and `gain` and
+    `damage` (rates, clients) of `damage_over_gain` in nats, None where a vector is not finite. The
+    rate of `cfg` plays no part. With IID clients own classes are everyone's: damage = -gain.
+    """
+    cfg = replace(cfg, lr=1.0)
+    rates = sorted(rates)
+    options = dict(at="start", images=images, rates=rates)
+
+    def measure(run, state):
+        x, y = sample(run, images)
+        loss, _ = answers(run, state.params, x, y)
+        num_classes = number_of_classes(run)
+        everyone = class_counts(run, range(cfg.num_clients), num_classes).sum(0)
+        found = dict(gain=[], damage=[])
+        for lr in rates:
+            at_rate = replace(run, cfg=replace(cfg, lr=lr))
+            clients, vectors = cohort_vectors(at_rate, state)
+            changes, _ = effects(run, state.params, vectors, loss, x, y)
+            own = class_counts(run, clients, num_classes)
+            moved = damage_over_gain(changes, own, everyone)
+            found["gain"].append(moved["gain"])
+            found["damage"].append(moved["damage"])
+        return dict(found, clients=clients)
+    return kept("trade_off", cfg, store, options, measure)
+
+
+def damage_at(gains: Iterable[float], damages: Iterable[float], gain: float) -> float:
+    """The damage at a gain (both in nats), between the first two rates whose gains enclose it.
+
+    `gains` and `damages` in the order of rates; log damage is linear in log gain between two rates.
+    NaN where the gain is not reached, or a damage beside it is not positive.
+    """
+    points = list(zip(gains, damages, strict=True))
+    for (low, before), (high, after) in zip(points, points[1:], strict=False):
+        if 0 < low <= gain <= high and before > 0 and after > 0:
+            part = math.log(gain / low) / math.log(high / low) if high > low else 0.0
+            return before * (after / before) ** part
+    return math.nan
 
 
 # ------------------------------------------------------------------ unlearning a client

@@ -657,7 +657,7 @@ def draw_centralized_curves(session: Session):
         return
     history = found[1]
     names = dict(train="training", val="validation", test="test, which chooses nothing")
-    fig, (left, right) = figure(PAGE, 2.4, ncols=2)
+    fig, (left, right) = figure(PAGE, 2.0, ncols=2)
     for i, part in enumerate(names):
         label = names[part]
         draw_line(left, history, "round", f"{part}_loss", i, label)
@@ -721,7 +721,7 @@ def draw_fedavg_curves(session: Session):
     if found is None:
         return
     history = found[1]
-    fig, (left, right) = figure(PAGE, 2.5, ncols=2)
+    fig, (left, right) = figure(PAGE, 2.1, ncols=2)
     for i, length in enumerate(history.rounds.unique()):
         part = history[history.rounds == length]
         draw_line(left, part, "round", "val_loss", i, f"T = {length}")
@@ -831,7 +831,7 @@ def draw_drift(session: Session):
     drift = drift.assign(steps=j_labels(drift.local_steps))
     shardings = nc_labels(session.scale.shardings)
     series = j_labels(session.scale.local_steps)
-    fig, (left, right) = figure(PAGE, 2.4, ncols=2)
+    fig, (left, right) = figure(PAGE, 2.0, ncols=2)
     draw_points(left, drift, "sharding", "cosine", "steps", shardings, series)
     draw_points(right, drift, "sharding", "speed", "steps", shardings, series)
     left.set_ylabel("mean cosine of two clients")
@@ -1119,7 +1119,7 @@ def diagnoses(session: Session) -> pd.DataFrame:
         found = extension.diagnose(cfg, session.store, at="start", images=images)
         if not found:
             continue
-        cosine = np.array(found["cosine"])
+        cosine = np.array(found["cosine"], dtype=float)   # None is no number
         pairs = cosine[np.triu_indices(len(cosine), 1)]
         rows[label] = {
             "norm": np.mean(found["norms"]), "cosine": pairs.mean(),
@@ -1130,24 +1130,55 @@ def diagnoses(session: Session) -> pd.DataFrame:
 
 
 def draw_interference(session: Session):
-    """What interference predicts: test accuracy over the start, against damage over gain."""
-    found = frames_or_note(session, "05_interference", "rules")
-    measured = diagnoses(session)
-    if found is None or measured.empty:
+    """What a client's first vector costs the others against what it gains for itself, by rate; and
+    whether the cost at equal gain tells where the rules end."""
+    measured = experiments.trade_offs(session)
+    shown = measured[(measured.gain > 0) & (measured.damage > 0)]
+    if shown.empty:
+        note("05_interference: nothing is measured yet")
         return
-    runs = found[0].assign(gain=lambda r: r.val - r.start)
-    gains = runs.groupby(["rule", "sharding"]).gain.mean()
-    fig, ax = figure()
-    shardings = nc_labels(session.scale.rule_shardings)
-    for i, where in enumerate(shardings):
-        labels = [label for label in measured.index if label[1] == where and label in gains.index]
-        ratio = measured.loc[labels, "damage over gain, one client"].astype(float)
-        style = look(i) | {"linestyle": "none"}
-        ax.plot(ratio, gains[labels], label=words(where), **style)
-    ax.set(xlabel="damage to others over gain, one client", ylabel="gain on validation (points)")
-    ax.legend()
-    save_figure(session, fig, "05_interference", "Gain in validation accuracy against the damage "
-                "that a client's task vector does to others over its own gain, a dot a rule")
+    shardings = [where for where in nc_labels(session.scale.map_shardings)
+                 if where in set(shown.sharding)]
+    fig, axes = figure(PAGE, 2.2, ncols=len(shardings) + 1, squeeze=False)
+    *curves, last = axes[0]
+    for ax, where in zip(curves, shardings, strict=True):
+        ax.sharey(curves[0])
+        draw_trade_offs(ax, shown[shown.sharding == where], session)
+        ax.set_title(words(where))
+    curves[0].set_ylabel("damage to others (nats)")
+    draw_cost(last, measured[measured.sharding == shardings[0]], session)
+    last.set_title(words(shardings[0]))
+    legend_above(fig, 5)
+    save_figure(session, fig, "05_interference", "Damage that a client's first task vector does to "
+                "other clients against its gain on its own classes, a line a rule along learning "
+                "rates, a panel a sharding; and test accuracy against the damage at equal gain")
+
+
+def draw_trade_offs(ax, measured: pd.DataFrame, session: Session):
+    """Damage against gain along the rates, means over seeds, a line a rule; both on log axes."""
+    for i, rule in enumerate(["dense", *session.scale.rules]):
+        part = measured[measured.rule == rule]
+        means = part.groupby("lr")[["gain", "damage"]].mean()
+        if len(means):
+            ax.plot(means.gain, means.damage, label=words(rule), **look(i))
+    ends = [measured.gain.min(), measured.gain.max()]
+    ax.plot(ends, ends, color="0.4", linestyle=":", linewidth=1, label="as much as is gained")
+    ax.set_yscale("log")
+    log_axis(ax, "own gain (nats)")
+
+
+def draw_cost(ax, measured: pd.DataFrame, session: Session):
+    """Test accuracy of each rule at its own rate against its damage at equal gain, one sharding."""
+    costs = experiments.damages(measured).groupby("rule").damage.apply(list)
+    runs, _ = section_frames("rules", session)
+    runs = runs[runs.sharding.isin(measured.sharding)]
+    for i, rule in enumerate(["dense", *session.scale.rules]):
+        tests = runs[runs.rule == rule].test.dropna()
+        if rule in costs.index and len(tests):
+            (x, dx), (y, dy) = t_interval(costs[rule]), t_interval(tests)
+            ax.errorbar(x, y, dy, dx, capsize=2, elinewidth=0.8, **look(i) | {"linestyle": "none"})
+    ax.set_xlabel(f"damage at {experiments.EQUAL_GAIN:g} nats of gain")
+    ax.set_ylabel("test top-1 (%)")
 
 
 def consensus_table(session: Session) -> pd.DataFrame:

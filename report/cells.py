@@ -11,7 +11,7 @@ from functools import cached_property
 import numpy as np
 import pandas as pd
 
-from notebooks import experiments, extension
+from notebooks import experiments
 from notebooks.experiments import SECTIONS, Section, Session, open_session
 from utils import Config, Store, run_name
 
@@ -54,10 +54,10 @@ def frozen_session(preset: str) -> Session:
 
 
 def read_cells(session: Session) -> Cells:
-    """Every cell of every section, and of the rules on the larger backbone, as "rules_vits16"."""
+    """Every cell of every section, and of the rules on the larger backbone, as "rules_larger"."""
     cells = {name: read_section(section, session) for name, section in SECTIONS.items()}
     larger = experiments.on_vits16(session)
-    return cells | {"rules_vits16": read_section(SECTIONS["rules"], larger)}
+    return cells | {"rules_larger": read_section(SECTIONS["rules"], larger)}
 
 
 def read_section(section: Section, session: Session) -> dict[tuple, Cell]:
@@ -180,17 +180,15 @@ def course_of(result: dict) -> list[float]:
 
 
 # ------------------------------------------------------------------ interference
-def interference(cfg: Config, store: Store) -> tuple[str, str] | None:
-    """Of one cohort before the first round: the mean cosine of two clients, and damage over gain.
+def damage_cells(session: Session) -> dict[tuple, Cell]:
+    """{(rule, sharding): cell} of what a cohort's first vectors cost others at equal gain.
 
-    The second is "" where clients gain nothing. None where it is not measured.
+    Its runs have a row a seed: `log_damage`, whose differences are logarithms of ratios.
     """
-    found = extension.diagnose(cfg, store, at="start", images=500)
-    if not found:
-        return None
-    pairs = ~np.eye(len(found["clients"]), dtype=bool)
-    cosine = np.array(found["cosine"])[pairs].mean()
-    ratio = found["single"]["ratio"]
-    if ratio is None:
-        return f"{cosine:.2f}", ""
-    return f"{cosine:.2f}", f"{ratio:.2f}"
+    measured = experiments.damages(experiments.trade_offs(session))
+    measured["log_damage"] = np.log(measured.damage)
+    cfgs = [replace(session.base, seed=seed) for seed in session.seeds]
+    cells = {}
+    for label, runs in measured.groupby(["rule", "sharding"], sort=False):
+        cells[label] = Cell(label, cfgs, runs, runs[:0], bracketed=True)
+    return cells

@@ -12,10 +12,12 @@ from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
 
+import numpy as np
+
 from notebooks import experiments
 from notebooks.experiments import Session
-from report.cells import Cell, frozen_session, read_cells, read_gains
-from report.claims import REPORT, Judged, judge, read_claims
+from report.cells import Cell, damage_cells, frozen_session, read_cells, read_gains
+from report.claims import REPORT, Claim, Judged, judge, read_claims
 from report.tables import command, make_tables, mean, range_of, start, words
 from utils import ROOT, cohort_size, images_per_class, json_sha256
 
@@ -46,12 +48,19 @@ def settings(session: Session) -> dict[str, str]:
         trained_share=f"{100 * (1 - base.sparsity):.0f}",
         confidence=f"{100 * experiments.CONFIDENCE:.0f}",
         margin=f"{experiments.MARGIN:g}",
+        equal_gain=f"{experiments.EQUAL_GAIN:g}",
     )
-    card = ROOT / f"weights/{base.weights}.json"
-    if card.is_file():
-        found = json.loads(card.read_text(encoding="utf-8"))
-        values["backbone_epochs"] = round(found["epochs"])
-        values["backbone_accuracy"] = f"{100 * found['val_accuracy']:.1f}"
+    larger = experiments.on_vits16(session).base
+    every, _ = experiments.weight_counts(larger.arch)
+    values["larger_millions"] = f"{every / 1e6:.1f}"
+    values["larger_size"] = larger.image_size
+    for name, weights in (("backbone", base.weights), ("larger", larger.weights)):
+        card = ROOT / f"weights/{weights}.json"
+        if card.is_file():
+            found = json.loads(card.read_text(encoding="utf-8"))
+            accuracy = 100 * found["val_accuracy"]
+            values[f"{name}_epochs"] = round(found["epochs"])
+            values[f"{name}_accuracy"] = f"{accuracy:.1f}"
     return values
 
 
@@ -66,7 +75,10 @@ def shown(value) -> str:
 
 
 def cell_lines(key: str, cell: Cell) -> list[str]:
-    values = dict(test=mean(cell, "test"), val=mean(cell, "val"), start=start(cell))
+    values = dict(
+        test=mean(cell, "test"),
+        val=mean(cell, "val"),
+        start=start(cell))
     if len(cell.runs):
         values["rate"] = f"{cell.cfgs[0].lr:g}"
     return [command("setcell", name, key, text) for name, text in values.items() if text]
@@ -93,12 +105,18 @@ def gain_lines(session: Session) -> list[str]:
     return lines
 
 
-def claim_lines(judged: Judged) -> list[str]:
+def claim_lines(claims: dict[str, Claim], judged: Judged) -> list[str]:
+    """Differences in points, or ratios where logarithms are compared, and what stands."""
     lines = []
     for name, (found, verdict) in judged.items():
-        if found.seeds:
-            ends = [f"{end:+.1f}" for end in (found.difference, found.low, found.high)]
-            lines.append(command("setgap", name, *ends, found.seeds))
+        ends = np.array([found.difference, found.low, found.high])
+        is_log = claims[name]["value_a"].startswith("log_")
+        if found.seeds and is_log:
+            ratios = [f"{ratio:.2f}" for ratio in np.exp(ends)]
+            lines.append(command("setratio", name, *ratios))
+        elif found.seeds:
+            points = [f"{end:+.1f}" for end in ends]
+            lines.append(command("setgap", name, *points, found.seeds))
         if verdict == "stands":
             lines.append(command("setclaim", name))
     return lines
@@ -113,7 +131,9 @@ def stamp(session: Session) -> str:
 def write(session: Session, folder: Path) -> Judged:
     """numbers.tex and tables/ in `folder`, in place of those there; the judged claims."""
     cells = read_cells(session)
-    judged = judge(read_claims(), cells)
+    claims = read_claims()
+    measured = {"interference": damage_cells(session)}
+    judged = judge(claims, cells | measured)
     tables = folder / "tables"
     tables.mkdir(parents=True, exist_ok=True)
     for old in tables.glob("*.tex"):
@@ -123,7 +143,8 @@ def write(session: Session, folder: Path) -> Judged:
             (tables / f"{name}.tex").write_text(f"{text}\n", encoding="utf-8")
 
     lines = [stamp(session)]
-    lines += [command("setsetting", name, value) for name, value in settings(session).items()]
+    for name, value in settings(session).items():
+        lines.append(command("setsetting", name, value))
     for name, of_section in cells.items():
         stored = sum(len(cell.runs) for cell in of_section.values())
         wanted = sum(len(cell.cfgs) for cell in of_section.values())
@@ -131,7 +152,7 @@ def write(session: Session, folder: Path) -> Judged:
         for cell in of_section.values():
             lines += cell_lines(f"{name}/{cell.key}", cell)
     lines += gain_lines(session)
-    lines += claim_lines(judged)
+    lines += claim_lines(claims, judged)
     (folder / "numbers.tex").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return judged
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from notebooks import experiments
 from notebooks.experiments import Session, t_interval
-from report.cells import Cell, Cells, Gains, interference, read_gains, text_of
+from report.cells import Cell, Cells, Gains, read_gains, text_of
 
 WORDS = {
     "dense": "all weights",
@@ -187,17 +187,6 @@ def by_value(symbol: str, cells: dict[tuple, Cell]) -> dict[tuple, Cell]:
             for (sharding, value), cell in cells.items()}
 
 
-def by_backbone(backbones: dict[str, dict[tuple, Cell]]) -> dict[tuple, Cell]:
-    """{(rule, backbone, sharding): cell} of the rules and shardings that all backbones have."""
-    common = set.intersection(*(set(cells) for cells in backbones.values()))
-    found = {}
-    for name, cells in backbones.items():
-        for (rule, sharding), cell in cells.items():
-            if (rule, sharding) in common:
-                found[rule, name, sharding] = cell
-    return found
-
-
 def protocol_table(cells: dict[tuple, Cell]) -> str:
     """Losses before training, on validation and as clients see it; validation accuracies."""
     heads = [command("protocolhead", i) for i in range(1, 6)]
@@ -238,20 +227,6 @@ def longer_table(cells: dict[tuple, Cell]) -> str:
         if len(cell.runs):
             lines.append([words(rule), rate(cell), val(cell), test(cell)])
     return tabular(["", "\\ratename", "\\valname", "\\testname"], lines)
-
-
-def interference_table(cells: dict[tuple, Cell], session: Session) -> str:
-    rules = list(dict.fromkeys(rule for rule, _ in cells))
-    shardings = list(dict.fromkeys(sharding for _, sharding in cells))
-    lines = []
-    for rule in rules:
-        line = [words(rule)]
-        for sharding in shardings:
-            measured = interference(cells[rule, sharding].cfgs[0], session.store)
-            line.append(command("pair", *measured) if measured else "")
-        lines.append(line)
-    heads = [words(sharding) for sharding in shardings]
-    return tabular(["", *heads], lines)
 
 
 # ------------------------------------------------------------------ the map of rates
@@ -309,36 +284,25 @@ def map_table(shown: dict[str, dict[str, Gains]]) -> str:
 
 
 def map_plot(shown: dict[str, dict[str, Gains]]) -> str:
-    """Gain against the rate, and below it against the length of a client's first task vector.
-
-    A column a sharding, a line a rule; the key is in the first panel.
-    """
+    """Gain against the rate: a column a sharding, a line a rule; the key is in the first panel."""
     if not shown:
         return ""
     rules = dict.fromkeys(rule for of_rules in shown.values() for rule in of_rules)
     lines = [command("begin", "mapplot") + "".join(f"{{{end}}}" for end in map_ends(shown))]
-    for sharding in shown:
+    for sharding, of_rules in shown.items():
         lines.append(command("ratepanel", words(sharding)))
         if sharding == next(iter(shown)):
             lines += [command("mapkey", style_of(rule), words(rule)) for rule in rules]
-        lines += map_lines(shown[sharding], lambda gains: {lr: lr for lr in gains.points})
-    for of_rules in shown.values():
-        lines.append("\\lengthpanel")
-        lines += map_lines(of_rules, lambda gains: gains.lengths)
+        lines += [map_line(rule, gains) for rule, gains in of_rules.items()]
     lines.append(command("end", "mapplot"))
     return "\n".join(lines)
 
 
-def map_lines(of_rules: dict[str, Gains], place: Callable[[Gains], dict[float, float]]
-              ) -> list[str]:
-    """A line a rule: points gained, at the place on the x axis of the rates that have one."""
-    lines = []
-    for rule, gains in of_rules.items():
-        at = place(gains)
-        points = [f"({at[lr]:.4g},{gain:.2f})" for lr, gain in gains.points.items()
-                  if gain > -math.inf and lr in at]
-        lines.append(command("mapline", style_of(rule), " ".join(points)))
-    return lines
+def map_line(rule: str, gains: Gains) -> str:
+    """Points gained by rate; a run that diverged has none."""
+    known = {lr: gain for lr, gain in gains.points.items() if gain > -math.inf}
+    points = [f"({lr:g},{gain:.2f})" for lr, gain in known.items()]
+    return command("mapline", style_of(rule), " ".join(points))
 
 
 def style_of(rule: str) -> str:
@@ -347,21 +311,18 @@ def style_of(rule: str) -> str:
 
 
 def map_ends(shown: dict[str, dict[str, Gains]]) -> tuple:
-    """Number of columns; then what all panels have in common, the ends of their axes: rates,
-    gains, lengths."""
+    """Number of columns; then what all panels have in common, the ends of their axes: rates and
+    gains."""
     rates = []
     points = []
-    lengths = []
     for of_rules in shown.values():
         for gains in of_rules.values():
             rates += gains.points.keys()
             points += gains.points.values()
-            lengths += gains.lengths.values()
     lowest = max(DEEPEST, min(points)) - 0.5
     highest = max(points) + 0.5
-    ends_of_lengths = [f"{min(lengths) / 1.5:.2g}", f"{max(lengths) * 1.5:.2g}"] if lengths else []
     return (len(shown), f"{min(rates) / 1.5:.2g}", f"{max(rates) * 1.5:.2g}", f"{lowest:.1f}",
-            f"{highest:.1f}", *(ends_of_lengths or ["0.1", "10"]))
+            f"{highest:.1f}")
 
 
 # ------------------------------------------------------------------ all of them
@@ -377,13 +338,11 @@ def make_tables(cells: Cells, session: Session) -> dict[str, str]:
         "six": pivot(cells["six_models"], 1, rates=True, untrained=False),
         "masks": pivot(by_value("s", cells["sparsity"]) | by_value("R", cells["calibration"]), 1),
         "rules": pivot(cells["rules"], 1, rates=True),
-        "backbones": pivot(by_backbone({"small ViT": cells["rules"],
-                                        "ViT-S/16": cells["rules_vits16"]}), 1, rates=True),
+        "larger": pivot(cells["rules_larger"], 1, rates=True),
         "map": map_table(shown),
         "mapplot": map_plot(shown),
         "longer": longer_table(cells["longer"]),
         "speed": pivot(cells["speed_matched"], 1, rates=True, untrained=False),
-        "interference": interference_table(cells["rules"], session),
         "servers": pivot(reordered(servers, 0, 2, 1), 1),
         "consensus": pivot(cells["consensus"], 2),
     }

@@ -10,6 +10,7 @@ import utils
 from notebooks import extension
 from notebooks.extension import (
     class_means,
+    damage_at,
     damage_over_gain,
     diagnose,
     disentanglement_error,
@@ -20,6 +21,7 @@ from notebooks.extension import (
     pairwise_cosines,
     pairwise_sign_agreement,
     random_signs,
+    trade_off,
     train_without,
     unlearn,
     weighted_sign_agreement,
@@ -124,6 +126,25 @@ def test_overlap_is_intersection_over_union():
         overlap(a, {"x": b["x"]})
 
 
+def test_damage_at_a_gain_lies_on_the_line_between_two_rates_in_logarithms():
+    gains, damages = [0.1, 0.4, 1.6], [0.01, 0.04, 0.64]
+    assert damage_at(gains, damages, 0.2) == pytest.approx(0.02)
+    assert damage_at(gains, damages, 0.4) == pytest.approx(0.04)
+    assert damage_at(gains, damages, 0.8) == pytest.approx(0.16)  # sqrt(0.04 * 0.64)
+
+
+@pytest.mark.parametrize(("gains", "damages", "at"), [
+    ([0.1, 0.4], [0.01, 0.04], 0.5),          # not reached
+    ([0.1, 0.4], [0.01, 0.04], 0.05),         # reached before the lowest rate
+    ([0.1, 0.4], [-0.01, 0.04], 0.2),         # helps the others
+    ([-0.1, 0.4], [0.01, 0.04], 0.2),
+    ([0.1, float("nan")], [0.01, float("nan")], 0.2),
+    ([], [], 0.2),
+])
+def test_damage_at_a_gain_that_no_two_rates_enclose_is_not_known(gains, damages, at):
+    assert np.isnan(damage_at(gains, damages, at))
+
+
 # ------------------------------------------------------------------ of a run
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
@@ -204,6 +225,33 @@ def test_the_start_can_be_diagnosed_without_a_run_but_not_the_end(tmp_path, monk
         diagnose(CFG, store)
     with pytest.raises(ValueError, match="'start' or 'last'"):
         diagnose(CFG, store, at="best")
+
+
+def test_the_trade_off_has_each_rate_as_a_diagnosis_at_that_rate(tmp_path, monkeypatch):
+    make_small(monkeypatch)
+    store = Store(tmp_path, quiet=True)
+    found = trade_off(SKEWED, store, [0.1, 0.01], images=1000)
+    assert found["clients"] == utils.cohort(10, 0.3, "cohort", CFG.seed, 0).tolist()
+    for i, lr in enumerate((0.01, 0.1)):   # in their order, whatever order was asked for
+        at_rate = replace(SKEWED, lr=lr)
+        single = diagnose(at_rate, store, at="start", images=1000, alphas=())["single"]
+        assert found["gain"][i] == pytest.approx(single["gain"])
+        assert found["damage"][i] == pytest.approx(single["damage"])
+    assert found["gain"][0] != found["gain"][1]
+    frozen = Store(tmp_path, frozen=True)
+    # the rate of the run plays no part; other rates are another measurement
+    assert trade_off(replace(SKEWED, lr=0.5), frozen, [0.01, 0.1], images=1000) == found
+    assert trade_off(SKEWED, frozen, [0.01], images=1000) == {}
+
+
+def test_what_is_not_finite_is_kept_as_none(tmp_path, monkeypatch):
+    make_small(monkeypatch)
+    store = Store(tmp_path, quiet=True)
+    found = trade_off(SKEWED, store, [0.01, 1e30], images=100)
+    assert None not in found["gain"][0]
+    assert set(found["gain"][1]) == {None}
+    single = diagnose(replace(SKEWED, lr=1e30), store, at="start", images=100, alphas=())["single"]
+    assert set(single["damage"]) == {None}
 
 
 def test_the_end_is_not_the_start(finished):

@@ -632,3 +632,58 @@ def test_the_command_line_trains_and_counts(tmp_path, monkeypatch, capsys):
     assert [cfg.seed for cfg in trained] == [0, 1]
     assert experiments.main(["budget", "--preset", "demo"]) == 0
     assert "all" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------ what an experiment runs
+def test_a_mask_that_freezes_nothing_is_searched_from_the_rate_of_all_weights(tmp_path):
+    session = session_of(tmp_path)
+    dense = experiments.rules(session)["dense", "Nc=1"]
+    cells = SECTIONS["sparsity"].cells(session)
+    assert searched_like(cells["Nc=1", 0.0], session).lr == searched_like(dense, session).lr
+    assert searched_like(cells["Nc=1", 0.9], session).lr > searched_like(dense, session).lr
+
+
+def test_the_larger_backbone_runs_the_same_cells_of_another_model(tmp_path):
+    session = session_of(tmp_path)
+    small = SECTIONS["rules"].cells(session)
+    larger = SECTIONS["rules"].cells(experiments.on_vits16(session))
+    assert set(larger) == {label for label in small
+                           if label[0] in ("dense", "least_sensitive", "random")}
+    for label, cfg in larger.items():
+        assert (cfg.arch, cfg.weights, cfg.image_size) == ("vits16", "vits16_tin", 96)
+        other = small[label]
+        assert replace(cfg, arch=other.arch, weights=other.weights, image_size=other.image_size,
+                       lr=other.lr) == other
+
+
+def test_trade_offs_are_measured_around_each_rules_own_rate_and_compared_at_equal_gain(
+        tmp_path, monkeypatch):
+    asked = []
+
+    def measured(cfg, store, rates):
+        asked.append((cfg.rule, cfg.classes_per_client, cfg.seed, tuple(rates)))
+        worse = 2 if cfg.rule == "random" else 1
+        # two clients; the fourth rate diverges
+        gain = [[0.1, 0.3], [0.8, 1.2], [1.9, 2.1], [None, None]]
+        damage = [[0.01 * worse] * 2, [0.04 * worse] * 2, [0.09 * worse] * 2, [None, None]]
+        return dict(clients=[3, 4], gain=gain, damage=damage)
+    monkeypatch.setattr(experiments.extension, "trade_off", measured)
+    session = session_of(tmp_path, seeds=(0, 1))
+    scale = replace(session.scale, map_shardings=(None, 1), rules=("random",),
+                    map_rungs=(1, -1, 0, 2))
+    found = experiments.trade_offs(replace(session, scale=scale))
+    own = experiments.rules(session)["random", "Nc=1"].lr
+    rates = tuple(rate_of(rung_of(own) + step) for step in (-1, 0, 1, 2))
+    assert asked[2:] == [("random", 1, 0, rates), ("random", 1, 1, rates)]
+    assert {rule for rule, *_ in asked} == {None, "random"}   # with IID clients: nothing to ask
+    random = found[(found.rule == "random") & (found.seed == 1)]
+    assert list(random.lr) == list(rates)
+    assert list(random.gain)[:3] == pytest.approx([0.2, 1.0, 2.0])
+    assert np.isnan(random.gain.iloc[3])
+
+    table = experiments.damages(found).set_index(["rule", "seed"]).damage
+    # between 0.2 and 1.0 nats, in logarithms
+    part = math.log(experiments.EQUAL_GAIN / 0.2) / math.log(1.0 / 0.2)
+    expected = 0.01 * 4 ** part
+    assert table["dense", 0] == pytest.approx(expected)
+    assert table["random", 1] == pytest.approx(2 * expected)

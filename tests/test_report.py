@@ -87,6 +87,21 @@ def put_section(folder, session: Session, name: str):
             put(folder, cfg, val, val - 0.01 if section.test else None)
 
 
+def put_trade_offs(folder, session: Session):
+    """What `extension.trade_off` keeps of one client, with damages made up."""
+    keep = Store.compute_or_load
+
+    def made_up(store, kind, key, compute):
+        rates = len(key["options"]["rates"])
+        worse = 1 + zlib.crc32(json_of(key)) % 100 / 100
+        curve = dict(gain=[[0.05 * 2**i] for i in range(rates)],
+                     damage=[[0.01 * 4**i * worse] for i in range(rates)])
+        return keep(store, kind, key, lambda: dict(clients=[0], **curve))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Store, "compute_or_load", made_up)
+        experiments.trade_offs(replace(session, store=Store(folder, quiet=True)))
+
+
 @pytest.fixture(scope="module")
 def complete(tmp_path_factory):
     """A session of which every run of every section is stored."""
@@ -94,6 +109,8 @@ def complete(tmp_path_factory):
     session = session_in(folder)
     for name in SECTIONS:
         put_section(folder, session, name)
+    put_section(folder, experiments.on_vits16(session), "rules")
+    put_trade_offs(folder, session)
     return session
 
 
@@ -132,9 +149,7 @@ def test_without_results_nothing_is_claimed_and_no_table_is_made(empty, written)
 def test_with_all_results_every_table_is_whole(complete, written):
     folder, judged = written(complete)
     made = {f.stem for f in (folder / "tables").iterdir()}
-    # interference is measured, not trained: it is kept in notes, of which there are none here
-    asked = set(re.findall(r"\\runtable\{(\w+)\}", TEXT)) | {"mapplot"}
-    assert made == asked - {"interference"}
+    assert made == set(re.findall(r"\\runtable\{(\w+)\}", TEXT)) | {"mapplot"}
     for table in (folder / "tables").iterdir():
         if table.stem == "map":   # ten times the best rate need not have been tried
             continue
@@ -223,10 +238,9 @@ def test_the_map_has_all_rates_that_were_tried(tmp_path):
     below, own, above = (rate_of(rung_of(like.lr) + step) for step in (-1, 0, 1))
     best = 100 * (accuracy_of(like) - 0.35)
     assert points == pytest.approx({below: 3, own: best, above: 3, 10.0: -30})
-    by_rate, by_length = tables.map_plot(tables.on_map(gains, session)).split("\\lengthpanel")
-    assert f"({below:g},3.00)" in by_rate
-    assert "(10,-30.00)" in by_rate
-    assert by_length.count("(1,3.00)") == 2   # all of these runs' first vectors have length 1
+    drawn = tables.map_plot(tables.on_map(gains, session))
+    assert f"({below:g},3.00)" in drawn
+    assert "(10,-30.00)" in drawn
 
 
 def test_the_reach_is_the_first_vectors_length_at_the_highest_rate_that_gains():
@@ -293,7 +307,7 @@ def test_the_claims_that_stand_are_the_ones_that_are_stated(complete, written):
     folder, judged = written(complete)
     stated = set(re.findall(r"\\setclaim\{([\w-]+)\}", numbers_in(folder)))
     assert stated == {name for name, (_, verdict) in judged.items() if verdict == "stands"}
-    with_gap = set(re.findall(r"\\setgap\{([\w-]+)\}", numbers_in(folder)))
+    with_gap = set(re.findall(r"\\set(?:gap|ratio)\{([\w-]+)\}", numbers_in(folder)))
     assert with_gap == {name for name, (found, _) in judged.items() if found.seeds}
 
 
@@ -355,7 +369,7 @@ def test_what_the_text_asks_for_exists(empty):
     assert set(used("setting")) <= make_numbers.settings(empty).keys()
     of_tables = {name for names in re.findall(r"\\runtable\{\w+\}\{([\w,]+)\}", TEXT)
                  for name in names.split(",")}
-    assert names_in("pending") | names_in("ifsome") | of_tables <= SECTIONS.keys()
+    assert names_in("pending") | names_in("ifsome") | of_tables <= known.keys()
     made = tables.make_tables(known, empty).keys()
     assert set(re.findall(r"\\runtable\{(\w+)\}", TEXT)) == made - {"mapplot"}
     assert set(used("seetable")) | set(used("iftable")) <= made
@@ -364,16 +378,21 @@ def test_what_the_text_asks_for_exists(empty):
 def test_every_experiment_says_when_it_is_not_there():
     said = names_in("pending")
     # the map is drawn from searches as well, and the best of the longer rates stands in "longer"
-    assert said == SECTIONS.keys() - {"rate_map", "longer_rates"}
+    assert said == SECTIONS.keys() - {"rate_map", "longer_rates"} | {"rules_larger"}
     assert "map" in used("iftable")
 
 
 def test_every_claim_is_of_cells_that_exist_and_is_used(empty):
     known = cells_of.read_cells(empty)
+    known["interference"] = known["rules"]   # measured of the same rules and shardings
     for name, claim in CLAIMS.items():
         assert claim["expected"] in claims_of.EXPECTED, name
         assert len(claims_of.sides(claim, known)) == 2, name
-        assert {claim["value_a"], claim["value_b"]} <= {"test", "val", "start"}, name
+        values = {claim["value_a"], claim["value_b"]}
+        if claim["a"][0] == "interference":
+            assert values == {"log_damage"}, name
+        else:
+            assert values <= {"test", "val", "start"}, name
     shown = {*used("gap"), *used("interval"), *used("claim"), *used("claimor")}
     assert shown == CLAIMS.keys()
 
