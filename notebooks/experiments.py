@@ -186,6 +186,7 @@ class Scale:
     map_shardings: tuple
     map_rungs: tuple[int, ...]     # of its rates, factors of 3 from each one's own
     more_rounds: int               # times the sweeps' rounds, where their gains are small
+    longer_rules: tuple
     longer_rungs: tuple[int, ...]  # of its rates, factors of 3 from those of the shorter runs
     consensus: tuple[tuple[str, float], ...]  # how clients' scores combine, share of the clients
     skews: tuple                   # Nc of consensus and methods
@@ -212,7 +213,8 @@ _SMALL = Scale(
     sweep_shardings=(None, 10, 1), rules=ALL_RULES, rule_shardings=(None, 10, 1),
     map_rules=(None, "least_sensitive", "most_sensitive", "random"),
     map_shardings=(None, 10, 1), map_rungs=(-3, -2, -1, 0, 1, 2, 3), more_rounds=4,
-    longer_rungs=(0, 1, 2, 3, -1, -2), consensus=CONSENSUS[:5], skews=(10, 1))
+    longer_rules=(None, "least_sensitive", "random"), longer_rungs=(0, 1, 2, 3, -1, -2),
+    consensus=CONSENSUS[:5], skews=(10, 1))
 
 # lite: a T4 for at most 10 hours. A search costs four runs, so rates are searched at a
 # quarter of the sweeps' length, at three shardings and one J; what is shown is as long as can be.
@@ -238,7 +240,8 @@ _DEMO = replace(
     schedules=("cosine", "constant"),
     nc=10, sparsities=(0.5, 0.9), calibration_rounds=(1, 4), sweep_shardings=(None, 10),
     rule_shardings=(None, 1), map_rules=(None, "least_sensitive"), map_shardings=(1,),
-    map_rungs=(0, 1), more_rounds=2, longer_rungs=(0, 1), skews=(5,),
+    map_rungs=(0, 1), more_rounds=2, longer_rules=(None, "least_sensitive"), longer_rungs=(0, 1),
+    skews=(5,),
     consensus=tuple((how, 0.1) for how, _ in CONSENSUS[:4]))
 
 SCALES = {"full": _FULL, "lite": _LITE, "small": _SMALL, "demo": _DEMO}
@@ -451,7 +454,7 @@ def longer_rates(session: Session) -> Cells:
     scale = session.scale
     cells = {}
     for step in scale.longer_rungs:
-        for rule in scale.map_rules:
+        for rule in scale.longer_rules:
             cfg = replace(session.base, rule=rule, classes_per_client=scale.map_shardings[-1])
             own = at_own_rate(with_steps(cfg, scale.sweep), session)
             lr = rate_of(rung_of(own.lr) + step)

@@ -241,6 +241,44 @@ def test_comparisons_as_parts_of_sentences():
     assert "not known yet" in figures.against(experiments.NOTHING, "X")
 
 
+def trade_offs(ratios: dict, gains=(0.1, 1.0)) -> pd.DataFrame:
+    """At one class a client: of "random" a damage of a tenth of the gain, of "least_sensitive" so
+    many times that, by seed."""
+    rows = []
+    for seed, ratio in ratios.items():
+        for gain in gains:
+            rows.append(("random", "Nc=1", seed, gain, gain, gain / 10))
+            rows.append(("least_sensitive", "Nc=1", seed, gain, gain, gain / 10 * ratio))
+    return pd.DataFrame(rows, columns=["rule", "sharding", "seed", "lr", "gain", "damage"])
+
+
+@pytest.mark.parametrize(("measured", "said"), [
+    (trade_offs({0: 2.0}), "2.00 times the damage"),
+    # sqrt(4.4); in logarithms two seeds' half-width is 12.706 * log(1.1) / 2: a factor of 1.832
+    (trade_offs({0: 2.0, 1: 2.2}), "2.10 times (95 % interval 1.14 to 3.84) the damage"),
+    (trade_offs({0: 2.0}, gains=(0.5, 1.0)), "a damage that is not known yet"),
+    (trade_offs({}), "a damage that is not known yet"),
+])
+def test_damage_at_equal_gain_as_part_of_a_sentence(session, monkeypatch, measured, said):
+    monkeypatch.setattr(experiments, "trade_offs", lambda session: measured)
+    found = figures.damage_against(session, "least_sensitive", "random", "Nc=1")
+    assert found.startswith(said)
+    assert "not known" in figures.damage_against(session, "least_sensitive", "random", "IID")
+
+
+def test_interference_is_drawn_of_what_is_known(session, monkeypatch):
+    measured = trade_offs({0: 2.0, 1: 3.0})
+    monkeypatch.setattr(experiments, "trade_offs", lambda session: measured)
+    cells = SECTIONS["rules"].cells(session)
+    put(session.store, cells["random", "Nc=1"])
+    figures.draw_interference(session)
+    assert (session.figures / "05_interference.pdf").is_file()
+    monkeypatch.setattr(experiments, "trade_offs", lambda session: measured[:0])
+    (session.figures / "05_interference.pdf").unlink()
+    figures.draw_interference(session)   # a note in its place
+    assert not (session.figures / "05_interference.pdf").exists()
+
+
 def test_an_answer_says_what_is_missing_and_that_the_demo_says_nothing(session):
     text = figures.answer(session, "03", "One.", "", "Two.").data
     assert text.startswith("One.\n\nTwo.\n\n")
