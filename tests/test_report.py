@@ -335,6 +335,10 @@ def test_the_differences_in_the_readme_are_the_reports():
     stated = gap.findall(readme)
     assert stated
     assert [found for found in stated if found not in reported] == []
+    times = re.findall(r"([\d.]+) times \(([\d.]+) to ([\d.]+)\)", readme)
+    ratios = re.findall(r"\\setratio\{.*?\}\{(.*?)\}\{(.*?)\}\{(.*?)\}", numbers)
+    assert times
+    assert [found for found in times if found not in ratios] == []
 
 
 def test_numbers_say_of_which_runs_they_are(tmp_path):
