@@ -1382,6 +1382,7 @@ def trade_offs(session: Session) -> pd.DataFrame:
     the store is frozen; see `extension.trade_off`.
     """
     scale = session.scale
+    images = 100 if session.preset == "demo" else 1000
     rows = []
     for nc in filter(None, scale.map_shardings):
         for rule in (None, *scale.rules):
@@ -1389,7 +1390,8 @@ def trade_offs(session: Session) -> pd.DataFrame:
             cfg = at_own_rate(with_steps(cfg, scale.sweep), session)
             rates = [rate_of(rung_of(cfg.lr) + step) for step in sorted(scale.map_rungs)]
             for seed in session.seeds:
-                found = extension.trade_off(replace(cfg, seed=seed), session.store, rates)
+                at_seed = replace(cfg, seed=seed)
+                found = extension.trade_off(at_seed, session.store, rates, images)
                 if not found:
                     continue
                 for lr, gain, damage in zip(rates, found["gain"], found["damage"], strict=True):

@@ -660,7 +660,7 @@ def test_trade_offs_are_measured_around_each_rules_own_rate_and_compared_at_equa
         tmp_path, monkeypatch):
     asked = []
 
-    def measured(cfg, store, rates):
+    def measured(cfg, store, rates, images):
         asked.append((cfg.rule, cfg.classes_per_client, cfg.seed, tuple(rates)))
         worse = 2 if cfg.rule == "random" else 1
         # two clients; the fourth rate diverges
