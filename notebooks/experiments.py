@@ -182,6 +182,8 @@ class Scale:
     sweep_shardings: tuple         # of the sweeps over sparsity and calibration rounds
     rules: tuple[str, ...]
     rule_shardings: tuple
+    half_rules: tuple[str, ...]    # of masks that free half of the weights
+    half_shardings: tuple
     map_rules: tuple               # of the map of accuracy against rate; None is dense
     map_shardings: tuple
     map_rungs: tuple[int, ...]     # of its rates, factors of 3 from each one's own
@@ -211,6 +213,7 @@ _SMALL = Scale(
     shardings=(None, 50, 10, 5, 1), local_steps=(4, 8, 16), nc=10,
     sparsities=(0.0, 0.5, 0.9, 0.99), calibration_rounds=(1, 4, 8),
     sweep_shardings=(None, 10, 1), rules=ALL_RULES, rule_shardings=(None, 10, 1),
+    half_rules=("least_sensitive", "random"), half_shardings=(None, 10, 1),
     map_rules=(None, "least_sensitive", "most_sensitive", "random"),
     map_shardings=(None, 10, 1), map_rungs=(-3, -2, -1, 0, 1, 2, 3), more_rounds=4,
     longer_rules=(None, "least_sensitive", "random"), longer_rungs=(0, 1, 2, 3, -1, -2),
@@ -222,7 +225,7 @@ _LITE = replace(
     _SMALL, headline=512, sweep=256, protocol=64, search=64, baseline_epochs=8,
     epochs=(1, 2, 4, 8, 16), decays=(1e-4, 5e-4), batches=(64, 128),
     sparsities=(0.0, 0.5, 0.8, 0.9, 0.95, 0.99), calibration_rounds=(1, 2, 4, 8),
-    rule_shardings=(None, 10, 5, 1), consensus=CONSENSUS,
+    rule_shardings=(None, 10, 5, 1), half_shardings=(None, 10), consensus=CONSENSUS,
     map_rules=(None, "least_sensitive", "random"), map_shardings=(None, 1),
     map_rungs=(-2, -1, 0, 1, 2, 3), longer_rungs=(0, 1, 2, -1),
     stand_ins={
@@ -239,10 +242,9 @@ _DEMO = replace(
     baseline_epochs=1, search_epochs=1, decays=(5e-4,), batches=(64,),
     schedules=("cosine", "constant"),
     nc=10, sparsities=(0.5, 0.9), calibration_rounds=(1, 4), sweep_shardings=(None, 10),
-    rule_shardings=(None, 1), map_rules=(None, "least_sensitive"), map_shardings=(1,),
-    map_rungs=(0, 1), more_rounds=2, longer_rules=(None, "least_sensitive"), longer_rungs=(0, 1),
-    skews=(5,),
-    consensus=tuple((how, 0.1) for how, _ in CONSENSUS[:4]))
+    rule_shardings=(None, 1), half_shardings=(10,), map_rules=(None, "least_sensitive"),
+    map_shardings=(1,), map_rungs=(0, 1), more_rounds=2, longer_rules=(None, "least_sensitive"),
+    longer_rungs=(0, 1), skews=(5,), consensus=tuple((how, 0.1) for how, _ in CONSENSUS[:4]))
 
 SCALES = {"full": _FULL, "lite": _LITE, "small": _SMALL, "demo": _DEMO}
 
@@ -430,6 +432,18 @@ def rules(session: Session) -> Cells:
     return cells
 
 
+def half(session: Session) -> Cells:
+    """Rules that free half of the weights, each at its own rate: where a tenth is too little for
+    a score to matter, is a half?"""
+    cells = {}
+    for nc in session.scale.half_shardings:
+        for rule in session.scale.half_rules:
+            cfg = replace(session.base, rule=rule, classes_per_client=nc, sparsity=0.5)
+            cfg = at_own_rate(with_steps(cfg, session.scale.sweep), session)
+            cells[rule, nc_label(nc)] = cfg
+    return cells
+
+
 def rate_map(session: Session) -> Cells:
     """Accuracy against the rate, around the best one of each rule and sharding, with whatever else
     its ladder has tried."""
@@ -610,6 +624,7 @@ SECTIONS = {
     "sparsity": Section("04", sparsity, ("sharding", "sparsity"), keep=True),
     "calibration": Section("04", calibration, ("sharding", "calibration_rounds"), keep=True),
     "rules": Section("05", rules, ("rule", "sharding"), keep=True),
+    "half": Section("05", half, ("rule", "sharding")),
     "rate_map": Section("05", rate_map, ("rule", "sharding", "lr"), searched=False,
                         every_seed=False, test=False),
     "longer_rates": Section("05", longer_rates, ("rule", "lr"), searched=False, every_seed=False,
@@ -1377,26 +1392,29 @@ EQUAL_GAIN = 0.25   # nats of a client's own loss at which damages are compared
 def trade_offs(session: Session) -> pd.DataFrame:
     """What a client's first vector gains on its own classes and costs the others, by rate.
 
-    Of all rules at the map's skewed shardings, at rates around each one's own: rule, sharding,
-    seed, lr; gain and damage, means in nats over a cohort. Measured where it is not stored, unless
-    the store is frozen; see `extension.trade_off`.
+    Of `rules` and `half` ("half_random") at the map's skewed shardings, at rates around each one's
+    own: rule, sharding, seed, lr; gain and damage, means in nats over a cohort. Measured where it
+    is not stored, unless the store is frozen; see `extension.trade_off`.
     """
-    scale = session.scale
+    cells = rules(session)
+    for (rule, sharding), cfg in half(session).items():
+        cells[f"half_{rule}", sharding] = cfg
+
     images = 100 if session.preset == "demo" else 1000
+    skewed = [nc for nc in session.scale.map_shardings if nc]
     rows = []
-    for nc in filter(None, scale.map_shardings):
-        for rule in (None, *scale.rules):
-            cfg = replace(session.base, rule=rule, classes_per_client=nc)
-            cfg = at_own_rate(with_steps(cfg, scale.sweep), session)
-            rates = [rate_of(rung_of(cfg.lr) + step) for step in sorted(scale.map_rungs)]
-            for seed in session.seeds:
-                at_seed = replace(cfg, seed=seed)
-                found = extension.trade_off(at_seed, session.store, rates, images)
-                if not found:
-                    continue
-                for lr, gain, damage in zip(rates, found["gain"], found["damage"], strict=True):
-                    means = np.array([gain, damage], dtype=float).mean(1)  # None becomes NaN
-                    rows.append((rule_label(rule), nc_label(nc), seed, lr, *means))
+    for (rule, sharding), cfg in cells.items():
+        if cfg.classes_per_client not in skewed:
+            continue
+        rates = [rate_of(rung_of(cfg.lr) + step) for step in sorted(session.scale.map_rungs)]
+        for seed in session.seeds:
+            at_seed = replace(cfg, seed=seed)
+            found = extension.trade_off(at_seed, session.store, rates, images)
+            if not found:
+                continue
+            for lr, gain, damage in zip(rates, found["gain"], found["damage"], strict=True):
+                means = np.array([gain, damage], dtype=float).mean(1)  # None becomes NaN
+                rows.append((rule, sharding, seed, lr, *means))
     return pd.DataFrame(rows, columns=["rule", "sharding", "seed", "lr", "gain", "damage"])
 
 

@@ -135,6 +135,7 @@ WORDS = {
     "test": "test (%)", "start": "untrained start (%)", "lr_now": "learning rate, η",
     "dense": "all weights", "central": "one place", "fedavg": "FedAvg", "fedprox": "FedProx",
     "scaffold": "SCAFFOLD", "fedavgm": "FedAvgM", "fedadam": "FedAdam", "fedexp": "FedExP",
+    "half_least_sensitive": "half, least sensitive", "half_random": "half, random",
     "lda": "LDA", "masked": "a tenth", "sparse": "a tenth",
     "crop_flip": "crop and flip", "query_key": "query and key",
     "warmup_cosine": "warm-up, cosine", "centralized": "centralised"}
@@ -1154,9 +1155,15 @@ def draw_interference(session: Session):
                 "rates, a panel a sharding; and test accuracy against the damage at equal gain")
 
 
+def of_trade_offs(session: Session) -> list[str]:
+    """The names in `experiments.trade_offs`, in the order of their colours."""
+    scale = session.scale
+    return ["dense", *scale.rules, *(f"half_{rule}" for rule in scale.half_rules)]
+
+
 def draw_trade_offs(ax, measured: pd.DataFrame, session: Session):
     """Damage against gain along the rates, means over seeds, a line a rule; both on log axes."""
-    for i, rule in enumerate(["dense", *session.scale.rules]):
+    for i, rule in enumerate(of_trade_offs(session)):
         part = measured[measured.rule == rule]
         means = part.groupby("lr")[["gain", "damage"]].mean()
         if len(means):
@@ -1170,9 +1177,12 @@ def draw_trade_offs(ax, measured: pd.DataFrame, session: Session):
 def draw_cost(ax, measured: pd.DataFrame, session: Session):
     """Test accuracy of each rule at its own rate against its damage at equal gain, one sharding."""
     costs = experiments.damages(measured).groupby("rule").damage.apply(list)
-    runs, _ = section_frames("rules", session)
+    tenths, _ = section_frames("rules", session)
+    halves, _ = section_frames("half", session)
+    halves = halves.assign(rule="half_" + halves.rule.astype(str))
+    runs = pd.concat([tenths, halves])
     runs = runs[runs.sharding.isin(measured.sharding)]
-    for i, rule in enumerate(["dense", *session.scale.rules]):
+    for i, rule in enumerate(of_trade_offs(session)):
         tests = runs[runs.rule == rule].test.dropna()
         if rule in costs.index and len(tests):
             (x, dx), (y, dy) = t_interval(costs[rule]), t_interval(tests)

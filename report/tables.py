@@ -11,6 +11,8 @@ from report.cells import Cell, Cells, Gains, read_gains, text_of
 
 WORDS = {
     "dense": "all weights",
+    "half_least_sensitive": "half, least sensitive",
+    "half_random": "half, random",
     "crop_flip": "crops, flips",
     "flip": "flips",
     "lda": "LDA",
@@ -114,6 +116,10 @@ def rate(cell: Cell) -> str:
     return command("rate", f"{cell.cfgs[0].lr:g}")
 
 
+def test_and_rate(cell: Cell) -> str:
+    return f"{test(cell)} {rate(cell)}".strip()
+
+
 def first_losses(cell: Cell) -> list[str]:
     """Validation loss of round 0, and the clients' own loss in round 1."""
     if len(cell.history) == 0:
@@ -135,7 +141,7 @@ def pivot(cells: dict[tuple, Cell], split: int, rates: bool = False,
           untrained: bool = True) -> str:
     """Test accuracies: the first `split` parts of a label name the row, the others the column.
 
-    `rates` adds a line with the learning rates, `untrained` the validation accuracy of the start.
+    `rates` adds the learning rates, `untrained` a line with the validation accuracy of the start.
     """
     rows = list(dict.fromkeys(label[:split] for label in cells))
     columns = list(dict.fromkeys(label[split:] for label in cells))
@@ -143,9 +149,8 @@ def pivot(cells: dict[tuple, Cell], split: int, rates: bool = False,
     for row in rows:
         found = [cells.get(row + column) for column in columns]
         names = [words(part) for part in row]
-        lines.append([", ".join(names), *entries(found, test)])
-        if rates:
-            lines.append(["", *entries(found, rate)])
+        entry = test_and_rate if rates else test
+        lines.append([", ".join(names), *entries(found, entry)])
     if untrained:
         found = [any_of(cells, column) for column in columns]
         lines.append(["\\midrule"])
@@ -185,6 +190,11 @@ def by_value(symbol: str, cells: dict[tuple, Cell]) -> dict[tuple, Cell]:
     """The cells of a sweep, {(sharding, value): cell}, with rows such as "s=0.9" before columns."""
     return {(f"${symbol}={text_of(value)}$", sharding): cell
             for (sharding, value), cell in cells.items()}
+
+
+def halves(cells: dict[tuple, Cell]) -> dict[tuple, Cell]:
+    """Rules that free half of the weights, as rows beside those that free a tenth."""
+    return {(f"half_{rule}", sharding): cell for (rule, sharding), cell in cells.items()}
 
 
 def protocol_table(cells: dict[tuple, Cell]) -> str:
@@ -337,7 +347,7 @@ def make_tables(cells: Cells, session: Session) -> dict[str, str]:
         "grid": pivot(cells["grid"], 1, rates=True),
         "six": pivot(cells["six_models"], 1, rates=True, untrained=False),
         "masks": pivot(by_value("s", cells["sparsity"]) | by_value("R", cells["calibration"]), 1),
-        "rules": pivot(cells["rules"], 1, rates=True),
+        "rules": pivot(cells["rules"] | halves(cells["half"]), 1, rates=True),
         "larger": pivot(cells["rules_larger"], 1, rates=True),
         "map": map_table(shown),
         "mapplot": map_plot(shown),

@@ -661,7 +661,7 @@ def test_trade_offs_are_measured_around_each_rules_own_rate_and_compared_at_equa
     asked = []
 
     def measured(cfg, store, rates, images):
-        asked.append((cfg.rule, cfg.classes_per_client, cfg.seed, tuple(rates)))
+        asked.append((cfg.rule, cfg.classes_per_client, cfg.sparsity, cfg.seed, tuple(rates)))
         worse = 2 if cfg.rule == "random" else 1
         # two clients; the fourth rate diverges
         gain = [[0.1, 0.3], [0.8, 1.2], [1.9, 2.1], [None, None]]
@@ -669,13 +669,17 @@ def test_trade_offs_are_measured_around_each_rules_own_rate_and_compared_at_equa
         return dict(clients=[3, 4], gain=gain, damage=damage)
     monkeypatch.setattr(experiments.extension, "trade_off", measured)
     session = session_of(tmp_path, seeds=(0, 1))
-    scale = replace(session.scale, map_shardings=(None, 1), rules=("random",),
+    scale = replace(session.scale, rule_shardings=(None, 5, 1), rules=("random",),
+                    half_shardings=(1,), half_rules=("random",), map_shardings=(None, 1),
                     map_rungs=(1, -1, 0, 2))
     found = experiments.trade_offs(replace(session, scale=scale))
     own = experiments.rules(session)["random", "Nc=1"].lr
     rates = tuple(rate_of(rung_of(own) + step) for step in (-1, 0, 1, 2))
-    assert asked[2:] == [("random", 1, 0, rates), ("random", 1, 1, rates)]
-    assert {rule for rule, *_ in asked} == {None, "random"}   # with IID clients: nothing to ask
+    assert asked[2:4] == [("random", 1, 0.9, 0, rates), ("random", 1, 0.9, 1, rates)]
+    # with IID clients there is nothing to ask, and the map has no five classes
+    told_apart = dict.fromkeys((rule, nc, sparsity) for rule, nc, sparsity, *_ in asked)
+    assert list(told_apart) == [(None, 1, 0.9), ("random", 1, 0.9), ("random", 1, 0.5)]
+    assert list(found.rule.unique()) == ["dense", "random", "half_random"]
     random = found[(found.rule == "random") & (found.seed == 1)]
     assert list(random.lr) == list(rates)
     assert list(random.gain)[:3] == pytest.approx([0.2, 1.0, 2.0])
