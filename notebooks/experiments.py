@@ -434,13 +434,13 @@ def rules(session: Session) -> Cells:
 
 def half(session: Session) -> Cells:
     """Rules that free half of the weights, each at its own rate: where a tenth is too little for
-    a score to matter, is a half?"""
+    a score to matter, is a half? Their names begin with "half_", beside those of `rules`."""
     cells = {}
     for nc in session.scale.half_shardings:
         for rule in session.scale.half_rules:
             cfg = replace(session.base, rule=rule, classes_per_client=nc, sparsity=0.5)
             cfg = at_own_rate(with_steps(cfg, session.scale.sweep), session)
-            cells[rule, nc_label(nc)] = cfg
+            cells[f"half_{rule}", nc_label(nc)] = cfg
     return cells
 
 
@@ -1392,14 +1392,11 @@ EQUAL_GAIN = 0.25   # nats of a client's own loss at which damages are compared
 def trade_offs(session: Session) -> pd.DataFrame:
     """What a client's first vector gains on its own classes and costs the others, by rate.
 
-    Of `rules` and `half` ("half_random") at the map's skewed shardings, at rates around each one's
-    own: rule, sharding, seed, lr; gain and damage, means in nats over a cohort. Measured where it
-    is not stored, unless the store is frozen; see `extension.trade_off`.
+    Of `rules` and `half` at the map's skewed shardings, at rates around each one's own: rule,
+    sharding, seed, lr; gain and damage, means in nats over a cohort. Measured where it is not
+    stored, unless the store is frozen; see `extension.trade_off`.
     """
-    cells = rules(session)
-    for (rule, sharding), cfg in half(session).items():
-        cells[f"half_{rule}", sharding] = cfg
-
+    cells = rules(session) | half(session)
     images = 100 if session.preset == "demo" else 1000
     skewed = [nc for nc in session.scale.map_shardings if nc]
     rows = []

@@ -1156,9 +1156,9 @@ def draw_interference(session: Session):
 
 
 def of_trade_offs(session: Session) -> list[str]:
-    """The names in `experiments.trade_offs`, in the order of their colours."""
-    scale = session.scale
-    return ["dense", *scale.rules, *(f"half_{rule}" for rule in scale.half_rules)]
+    """The rules in `experiments.trade_offs`, in the order of their colours."""
+    labels = [*SECTIONS["rules"].cells(session), *SECTIONS["half"].cells(session)]
+    return list(dict.fromkeys(rule for rule, _ in labels))
 
 
 def draw_trade_offs(ax, measured: pd.DataFrame, session: Session):
@@ -1177,10 +1177,7 @@ def draw_trade_offs(ax, measured: pd.DataFrame, session: Session):
 def draw_cost(ax, measured: pd.DataFrame, session: Session):
     """Test accuracy of each rule at its own rate against its damage at equal gain, one sharding."""
     costs = experiments.damages(measured).groupby("rule").damage.apply(list)
-    tenths, _ = section_frames("rules", session)
-    halves, _ = section_frames("half", session)
-    halves = halves.assign(rule="half_" + halves.rule.astype(str))
-    runs = pd.concat([tenths, halves])
+    runs = pd.concat([section_frames(name, session)[0] for name in ("rules", "half")])
     runs = runs[runs.sharding.isin(measured.sharding)]
     for i, rule in enumerate(of_trade_offs(session)):
         tests = runs[runs.rule == rule].test.dropna()

@@ -192,11 +192,6 @@ def by_value(symbol: str, cells: dict[tuple, Cell]) -> dict[tuple, Cell]:
             for (sharding, value), cell in cells.items()}
 
 
-def halves(cells: dict[tuple, Cell]) -> dict[tuple, Cell]:
-    """Rules that free half of the weights, as rows beside those that free a tenth."""
-    return {(f"half_{rule}", sharding): cell for (rule, sharding), cell in cells.items()}
-
-
 def protocol_table(cells: dict[tuple, Cell]) -> str:
     """Losses before training, on validation and as clients see it; validation accuracies."""
     heads = [command("protocolhead", i) for i in range(1, 6)]
@@ -347,7 +342,7 @@ def make_tables(cells: Cells, session: Session) -> dict[str, str]:
         "grid": pivot(cells["grid"], 1, rates=True),
         "six": pivot(cells["six_models"], 1, rates=True, untrained=False),
         "masks": pivot(by_value("s", cells["sparsity"]) | by_value("R", cells["calibration"]), 1),
-        "rules": pivot(cells["rules"] | halves(cells["half"]), 1, rates=True),
+        "rules": pivot(cells["rules"] | cells["half"], 1, rates=True),
         "larger": pivot(cells["rules_larger"], 1, rates=True),
         "map": map_table(shown),
         "mapplot": map_plot(shown),
