@@ -39,7 +39,7 @@ bench: $(VENV)/extras  ## speed and memory as ratios, into benchmarks/results/
 		$(PYTHON) benchmarks/$$script.py || exit 1; done
 
 test: $(VENV)/installed lint  ## on a CPU, without network; browser and Flower have their own
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --ignore tests/test_flower.py
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist worksteal --ignore tests/test_flower.py
 
 browser: $(VENV)/extras  ## a person at the panel: JupyterLab in Debian's Chromium
 	command -v chromium || { apt-get update -qq && apt-get install -y -qq chromium; } >/dev/null || true

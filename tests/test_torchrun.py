@@ -248,14 +248,6 @@ def test_flower_that_is_not_installed_is_named_as_a_package(monkeypatch, tmp_pat
         launch.main("demo")
 
 
-def test_processes_import_nothing_that_draws():
-    code = ("import sys; sys.path.insert(0, 'distributed'); import train, torchrun; "
-            "print(*{'matplotlib', 'ipywidgets', 'seaborn', 'IPython'} & set(sys.modules))")
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == []
-
-
 def test_torchrun_starts_the_command_line(tmp_path, monkeypatch):
     monkeypatch.undo()  # the process it starts has the real model and data too
     fields = dict(dataset="synthetic", weights="none", val_fraction=0.9, eval_images=50,

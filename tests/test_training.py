@@ -2,8 +2,8 @@
 import os
 import re
 import signal
-import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -266,15 +266,17 @@ def test_interrupting_at_every_round_changes_nothing(tmp_path, monkeypatch):
     assert same_state(again[1], whole[1])
 
 
-def test_a_run_stops_by_itself_when_its_time_is_up(store):
-    assert federated(CFG, store, stop_at=time.monotonic())["status"] == "interrupted"
+def test_a_run_stops_by_itself_when_its_time_is_up(store, monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(utils, "time", SimpleNamespace(monotonic=lambda: now))
+    assert federated(CFG, store, stop_at=now)["status"] == "interrupted"
     seen = []
 
     def watch(run, state):
+        nonlocal now
         seen.append((state.round, state.history[-1]["val_top1"]))
-        time.sleep(max(0, end - time.monotonic()))
-    end = time.monotonic() + 5
-    stopped = federated(CFG, store, stop_at=end, watch=watch)
+        now = 105.0
+    stopped = federated(CFG, store, stop_at=105.0, watch=watch)
     assert (stopped["status"], stopped["round"]) == ("interrupted", 2)
     assert [at for at, _ in seen] == [2]
     assert federated(CFG, store)["status"] == "finished"
