@@ -1341,15 +1341,16 @@ def _run_row(result: dict) -> dict:
     return row
 
 
-def gather(cfgs: Iterable[Config], store: Store) -> tuple[pd.DataFrame, pd.DataFrame]:
+def gather(cfgs: Iterable[Config], store: Store, quiet: bool = False
+           ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """(runs, history) of the stored results among `cfgs`, as `frames` has them.
 
-    Says how many are missing or diverged, and whether the data is synthetic.
+    Says how many are missing or diverged, and whether the data is synthetic, unless `quiet`.
     """
     cfgs = _unlike(cfgs)
     results = [r for r in map(store.result, cfgs) if r]
     remarks = remarks_on(results, len(cfgs))
-    if remarks:
+    if remarks and not quiet:
         print(remarks)
     return frames(results)
 
@@ -1359,22 +1360,23 @@ def remarks_on(results: list[dict], wanted: int) -> str:
     words = []
     if len(results) < wanted:
         words.append(f"{wanted - len(results)} of {wanted} runs are missing.")
-    bad = [r["run"] for r in results if r["status"] == "diverged"]
-    if bad:
-        words.append(f"{len(bad)} diverged: {', '.join(bad[:3])}.")
+    diverged = sum(r["status"] == "diverged" for r in results)
+    if diverged:
+        words.append(f"{diverged} diverged.")
     if any(r["config"]["dataset"] == "synthetic" for r in results):
         words.append("SYNTHETIC DATA: these accuracies mean nothing.")
     return " ".join(words)
 
 
-def section_frames(name: str, session: Session) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """(runs, history) of a section, with a column for each part of its labels.
+def section_frames(name: str, session: Session, quiet: bool = False
+                   ) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """(runs, history) of a section, with a column for each part of its labels; see `gather`.
 
     The columns are SECTIONS[name].columns; they replace fields of the same name. A run that stands
     in several cells has a row for each.
     """
     section = SECTIONS[name]
-    runs, history = gather(section_runs(name, session), session.store)
+    runs, history = gather(section_runs(name, session), session.store, quiet)
     labels = []
     seeds = session.seeds if section.every_seed else session.seeds[:1]
     for label, cfg in section.cells(session).items():
@@ -1386,7 +1388,8 @@ def section_frames(name: str, session: Session) -> tuple[pd.DataFrame, pd.DataFr
                  for frame in (runs, history))
 
 
-EQUAL_GAIN = 0.25   # nats of a client's own loss at which damages are compared
+EQUAL_GAIN = 0.25           # nats of a client's own loss at which damages are compared
+OTHER_GAINS = (0.125, 0.5)  # at which the order must be the same, or it hangs on the one above
 
 
 def trade_offs(session: Session) -> pd.DataFrame:
@@ -1415,12 +1418,60 @@ def trade_offs(session: Session) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["rule", "sharding", "seed", "lr", "gain", "damage"])
 
 
-def damages(measured: pd.DataFrame) -> pd.DataFrame:
-    """Damage at equal gain: a row a rule, sharding and seed of `trade_offs`, where it is known."""
+def damages(measured: pd.DataFrame, gain: float = EQUAL_GAIN) -> pd.DataFrame:
+    """Damage at a gain (nats): a row a rule, sharding and seed of `trade_offs`, where known."""
     rows = []
     for key, part in measured.groupby(["rule", "sharding", "seed"], sort=False):
-        rows.append((*key, extension.damage_at(part.gain, part.damage, EQUAL_GAIN)))
+        rows.append((*key, extension.damage_at(part.gain, part.damage, gain)))
     return pd.DataFrame(rows, columns=["rule", "sharding", "seed", "damage"]).dropna()
+
+
+def damage_ratio(found: pd.DataFrame, rule: str, other: str, where: str) -> tuple:
+    """(ratio, low, high) of two rules' `damages` at a sharding, paired by seed.
+
+    Mean and t interval of logarithms; NaN for the interval of one seed, and where none is known.
+    """
+    table = found[found.sharding == where].pivot(index="seed", columns="rule", values="damage")
+    if not {rule, other} <= set(table):
+        return (math.nan,) * 3
+    both = table[[rule, other]].dropna()
+    ratios = both.iloc[:, 0] / both.iloc[:, 1]
+    mean, half = t_interval(np.log(ratios))
+    return tuple(np.exp([mean, mean - half, mean + half]))
+
+
+UNLEARNING_RULES = ("dense", "least_sensitive", "random")
+
+
+def unlearning(session: Session) -> dict[str, tuple[dict, dict]]:
+    """{rule: (found, reference)}: clients forgotten by negation, at the strongest skew of `rules`.
+
+    Both are of `extension.unlearn`, at the first seed: of the finished run, and of a run in which
+    these clients never took part, at alpha = 0. The latter is trained where it is not stored; {}
+    where it is missing all the same. Rules whose last weights are not stored are left out.
+    """
+    where = nc_label(session.scale.rule_shardings[-1])
+    images = 500 if session.preset == "demo" else 5000
+    cells = rules(session)
+    found = {}
+    for rule in UNLEARNING_RULES:
+        cfg = cells[rule, where]
+        try:
+            forgotten = extension.unlearn(cfg, session.store, images=images)
+        except ValueError as error:
+            print(f"Not there yet: {error}")
+            continue
+        if not forgotten:  # a frozen store
+            continue
+        clients = forgotten["clients"]
+        result = extension.train_without(cfg, clients, session.store, test=False,
+                                         stop_at=session.stop_at)
+        reference = {}
+        if result["status"] == "finished":
+            elsewhere = extension.store_without(session.store, clients)
+            reference = extension.unlearn(cfg, elsewhere, images=images, alphas=(0.0,))
+        found[rule] = forgotten, reference
+    return found
 
 
 def interval_table(runs: pd.DataFrame, index, columns, value: str = "test") -> pd.DataFrame:

@@ -848,16 +848,25 @@ def mean_where(values: Tensor, chosen: Tensor) -> float | None:
     return values[chosen].mean().item()
 
 
-def train_without(cfg: Config, client: int, store: Store, **options) -> dict:
-    """The run in which `client` never answers, trained or found: the reference of `unlearn`.
+def train_without(cfg: Config, clients: Iterable[int], store: Store, **options) -> dict:
+    """The run in which `clients` never answer, trained or found: the reference of `unlearn`.
 
-    It is stored as <run>_without_<client>. The head is fitted before the first round, on all
-    clients' sums, and so still knows the client.
+    It lives in `store_without`, for its configuration is that of the run with them. The head is
+    fitted before the first round, on all clients' sums, and so still knows them.
     """
-    def others(run, state, clients, lr):
-        return train_cohort(run, state, [k for k in clients if k != client], lr)
-    named = replace(cfg, name=f"{run_name(cfg)}_without_{client}")
-    return train(named, store, step=partial(federated_round, train_cohort=others), **options)
+    clients = list(clients)
+
+    def others(run, state, cohort, lr):
+        return train_cohort(run, state, [k for k in cohort if k not in clients], lr)
+    step = partial(federated_round, train_cohort=others)
+    return train(cfg, store_without(store, clients), step=step, **options)
+
+
+def store_without(store: Store, clients: Iterable[int]) -> Store:
+    """The folder, inside `store`, of runs in which these clients never answer."""
+    folder = "without_" + "_".join(map(str, clients))
+    backup = None if store.backup is None else store.backup / folder
+    return replace(store, root=store.root / folder, backup=backup)
 
 
 # ------------------------------------------------------------------ overlap of masks

@@ -18,7 +18,7 @@ import io
 import json
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -224,7 +224,7 @@ def save_table(session: Session, frame: pd.DataFrame, name: str) -> pd.DataFrame
     if session.base.dataset == "synthetic":
         table = pd.concat({"SYNTHETIC DATA": table}, axis=1)
     write_figure(session, f"{name}.csv", table.to_csv().encode("utf-8"))
-    return table
+    return table.astype(object).where(table.notna(), "–")
 
 
 # ------------------------------------------------------------------ while training
@@ -532,9 +532,10 @@ def stored_labels(runs: pd.DataFrame, shardings: Iterable, value: str) -> list[s
 def frames_or_note(session: Session, name: str, section: str, value: str = "val"):
     """`section_frames`; None, and a note in the figure's place, where nothing is stored yet.
 
-    What it draws is `value`: a run of a search has no accuracy on test before its turn comes.
+    What it draws is `value`: a run of a search has no accuracy on test before its turn comes. What
+    is missing stands under the figure, see `note_missing`.
     """
-    runs, history = section_frames(section, session)
+    runs, history = section_frames(section, session, quiet=True)
     if runs[value].notna().any():
         return runs, history
     note(f"{name}: none of its {len(section_runs(section, session))} runs is stored yet")
@@ -549,11 +550,15 @@ def note(text: str):
 def note_missing(session: Session, fig: Figure, *sections: str):
     """Says under the figure what it lacks, and what its bars are."""
     wanted = [cfg for s in sections for cfg in experiments._unlike(section_runs(s, session))]
-    stored = [session.store.result(cfg) is not None for cfg in wanted]
+    results = [session.store.result(cfg) for cfg in wanted]
+    missing = sum(result is None for result in results)
+    diverged = sum(result is not None and result["status"] == "diverged" for result in results)
     several = len(session.seeds) > 1 and any(SECTIONS[s].every_seed for s in sections)
     note = "Bars: 95 % t interval over seeds." if several else "One seed."
-    if not all(stored):
-        note += f" {len(stored) - sum(stored)} of {len(stored)} runs are not there yet."
+    if diverged:
+        note += f" {diverged} of {len(results)} runs diverged."
+    if missing:
+        note += f" {missing} of {len(results)} runs are not there yet."
     fig.supxlabel(note, fontsize=6.5, color="0.3")
 
 
@@ -813,7 +818,7 @@ def drift_of(session: Session) -> pd.DataFrame:
     over pairs, weighted by their norms. Norms are divided by the round's rate, to which they are
     about proportional.
     """
-    history = section_frames("grid", session)[1].dropna(subset=["client_norm"])
+    history = section_frames("grid", session, quiet=True)[1].dropna(subset=["client_norm"])
     history = history[history.lr_now > 0]
     clients = utils.cohort_size(session.base.num_clients, session.base.participation)
     ratio = (history.mean_norm / history.client_norm) ** 2
@@ -1024,7 +1029,7 @@ def draw_gains(session: Session, runs: pd.DataFrame, x: str):
 
 def ranges_of(session: Session) -> pd.DataFrame:
     """Of each rule and sharding: best gain (points), and the range of tried rates that gain."""
-    runs, _ = section_frames("rate_map", session)
+    runs, _ = section_frames("rate_map", session, quiet=True)
     runs = runs.assign(gain=runs.val - runs.start)
     rows = {}
     for key, part in runs.groupby(["rule", "sharding"], sort=False):
@@ -1035,7 +1040,8 @@ def ranges_of(session: Session) -> pd.DataFrame:
     columns = dict(gain="best gain (points)", lowest="lowest rate that gains",
                    highest="highest rate that gains", factor="highest / lowest")
     frame = pd.DataFrame.from_dict(rows, orient="index", columns=list(columns))
-    return frame.rename(columns=columns).round(4)
+    digits = dict(gain=2, lowest=5, highest=5, factor=0)
+    return frame.round(digits).rename(columns=columns)
 
 
 def draw_speed_matched(session: Session):
@@ -1044,7 +1050,7 @@ def draw_speed_matched(session: Session):
     if found is None:
         return
     matched = found[0].assign(at="rates of equal speed")
-    own = section_frames("rules", session)[0].assign(at="rates of their own")
+    own = section_frames("rules", session, quiet=True)[0].assign(at="rates of their own")
     runs = pd.concat([own, matched])
     shardings = stored_labels(runs, session.scale.map_shardings, "test")
     fig, axes = panels(len(shardings), 2.6)
@@ -1077,7 +1083,7 @@ def draw_merges(session: Session):
     if found is None:
         return
     own = found[0]
-    matched = section_frames("matched_merges", session)[0]
+    matched = section_frames("matched_merges", session, quiet=True)[0]
     matched = matched.assign(method=matched.method.str.removesuffix(", matched"))
     series = []
     for kind in ("dense", "masked"):
@@ -1177,7 +1183,7 @@ def draw_trade_offs(ax, measured: pd.DataFrame, session: Session):
 def draw_cost(ax, measured: pd.DataFrame, session: Session):
     """Test accuracy of each rule at its own rate against its damage at equal gain, one sharding."""
     costs = experiments.damages(measured).groupby("rule").damage.apply(list)
-    runs = pd.concat([section_frames(name, session)[0] for name in ("rules", "half")])
+    runs = pd.concat([section_frames(name, session, quiet=True)[0] for name in ("rules", "half")])
     runs = runs[runs.sharding.isin(measured.sharding)]
     for i, rule in enumerate(of_trade_offs(session)):
         tests = runs[runs.rule == rule].test.dropna()
@@ -1186,6 +1192,25 @@ def draw_cost(ax, measured: pd.DataFrame, session: Session):
             ax.errorbar(x, y, dy, dx, capsize=2, elinewidth=0.8, **look(i) | {"linestyle": "none"})
     ax.set_xlabel(f"damage at {experiments.EQUAL_GAIN:g} nats of gain")
     ax.set_ylabel("test top-1 (%)")
+
+
+def damage_table(session: Session) -> pd.DataFrame:
+    """The damage of each rule over that of all weights, at equal gain: does its order hang on the
+    gain at which it is taken? Ratios with 95 % t intervals over seeds."""
+    measured = experiments.trade_offs(session)
+    table = {}
+    for gain in sorted([experiments.EQUAL_GAIN, *experiments.OTHER_GAINS]):
+        found = experiments.damages(measured, gain)
+        for where in measured.sharding.unique():
+            column = {}
+            for rule in of_trade_offs(session):
+                ratio, low, high = experiments.damage_ratio(found, rule, "dense", where)
+                text = "–" if math.isnan(ratio) else f"{ratio:.2f}"
+                if not math.isnan(low) and rule != "dense":
+                    text += f" ({low:.2f} to {high:.2f})"
+                column[rule] = text
+            table[where, f"{gain:g} nats"] = column
+    return pd.DataFrame(table).sort_index(axis=1, level=0, sort_remaining=False)
 
 
 def consensus_table(session: Session) -> pd.DataFrame:
@@ -1224,35 +1249,31 @@ def noise_floor(session: Session) -> str:
 
 
 def draw_unlearning(session: Session):
-    """Accuracy on a client's own classes and on all others as its task vector is subtracted."""
-    where = experiments.nc_label(session.scale.rule_shardings[-1])
-    cells = SECTIONS["rules"].cells(session)
-    images = 500 if session.preset == "demo" else 5000
+    """Accuracy on a client's own classes and on all others as its task vector is subtracted, and
+    as thin lines what a run without these clients knows of them."""
+    found = experiments.unlearning(session)
+    if not found:
+        note("05_unlearning: nothing is measured yet")
+        return
     fig, axes = panels(2, 2.4)
-    for i, rule in enumerate(("dense", "least_sensitive", "random")):
-        found = measured(extension.unlearn, cells[rule, where], session, images)
+    for i, (rule, (forgotten, reference)) in enumerate(found.items()):
         for ax, part in zip(axes, ("own", "others"), strict=True):
-            if found:
-                accuracies = np.array(found[part], dtype=float)
-                ax.plot(found["alphas"], 100 * np.nanmean(accuracies, axis=0), label=words(rule),
-                        **look(i))
+            means = 100 * np.nanmean(np.array(forgotten[part], dtype=float), axis=0)
+            ax.plot(forgotten["alphas"], means, label=words(rule), **look(i))
+            if reference:
+                without = 100 * np.nanmean(np.array(reference[part], dtype=float))
+                ax.axhline(without, linewidth=0.8, color=look(i)["color"],
+                           linestyle=look(i)["linestyle"])
     axes[0].set(title="the client's own classes", ylabel="validation top-1 (%)")
     axes[1].set(title="all other classes")
     for ax in axes:
         ax.set_xlabel("α of w − α τ")
-    if axes[0].get_legend_handles_labels()[0]:
-        axes[0].legend()
-        save_figure(session, fig, "05_unlearning", "Accuracy on a client's own classes and on all "
-                    "others against how often its task vector is subtracted, by rule")
-
-
-def measured(measure: Callable[..., dict], cfg: Config, session: Session, images: int) -> dict:
-    """What an extension's measure finds at a run's last weights; {} where these are not stored."""
-    try:
-        return measure(cfg, session.store, images=images)
-    except ValueError as error:
-        print(f"Not there yet: {error}")
-        return {}
+    axes[0].legend()
+    fig.supxlabel("One seed, mean over clients. Thin: a run in which they never took part.",
+                  fontsize=6.5, color="0.3")
+    save_figure(session, fig, "05_unlearning", "Accuracy on a client's own classes and on all "
+                "others against how often its task vector is subtracted, by rule, beside a run "
+                "without these clients")
 
 
 # ------------------------------------------------------------------ one's own idea
@@ -1309,17 +1330,22 @@ def versus(session: Session, section: str, a: tuple, b: tuple) -> Comparison:
 
 
 def against(found: Comparison, other: str) -> str:
-    """"1.2 points above <other> (95 % interval 0.4 to 2.0)", as far as the runs tell."""
+    """"1.2 points above <other> (95 % interval +0.4 to +2.0)", as far as the runs tell."""
     if found.seeds == 0:
         return f"at an accuracy not known yet (to be held against {other})"
-    interval = f"95 % interval {found.low:+.1f} to {found.high:+.1f}"
+    interval = f"95 % interval {signed(found.low)} to {signed(found.high)}"
     if found.seeds == 1:
         interval += ", one seed"
     if found.verdict == "higher":
         return f"{found.difference:.1f} points above {other} ({interval})"
     if found.verdict == "lower":
         return f"{-found.difference:.1f} points below {other} ({interval})"
-    return f"neither above nor below {other}, as far as these runs tell ({interval})"
+    return f"without a difference to {other} that these runs could show ({interval})"
+
+
+def signed(points: float) -> str:
+    """"+1.2" or "−1.2", with a minus sign as long as the plus."""
+    return f"{points:+.1f}".replace("-", "−")
 
 
 def accuracy(session: Session, section: str, label: tuple, value: str = "test") -> str:
@@ -1360,14 +1386,11 @@ def range_in_words(session: Session, rule: str, where: str) -> str:
 def damage_against(session: Session, rule: str, other: str, where: str) -> str:
     """"1.3 times (95 % interval 1.0 to 1.9) the damage": of a rule over another, at equal gain."""
     found = experiments.damages(experiments.trade_offs(session))
-    table = found[found.sharding == where].pivot(index="seed", columns="rule", values="damage")
-    table = table.reindex(columns=[rule, other]).dropna()
-    if table.empty:
+    ratio, low, high = experiments.damage_ratio(found, rule, other, where)
+    if math.isnan(ratio):
         return "a damage that is not known yet, to be held against that"
-    mean, half = t_interval(np.log(table[rule] / table[other]))
-    text = f"{math.exp(mean):.2f} times"
-    if not math.isnan(half):
-        low, high = math.exp(mean - half), math.exp(mean + half)
+    text = f"{ratio:.2f} times"
+    if not math.isnan(low):
         text += f" (95 % interval {low:.2f} to {high:.2f})"
     return f"{text} the damage"
 

@@ -691,3 +691,30 @@ def test_trade_offs_are_measured_around_each_rules_own_rate_and_compared_at_equa
     expected = 0.01 * 4 ** part
     assert table["dense", 0] == pytest.approx(expected)
     assert table["random", 1] == pytest.approx(2 * expected)
+
+
+def test_unlearning_is_held_against_a_run_without_these_clients(tmp_path, monkeypatch, capsys):
+    session = session_of(tmp_path)
+    cells = experiments.rules(session)
+
+    def forget(cfg, store, images, alphas=None):
+        if cfg.rule == "random":
+            raise ValueError("stored up to round 0")
+        return dict(clients=[3, 17], rule=cfg.rule, inside=store.root.name, alphas=alphas)
+    trained = []
+
+    def train_without(cfg, clients, store, test, stop_at):
+        trained.append((cfg, clients, stop_at))
+        return dict(status="finished" if cfg.rule is None else "interrupted")
+    monkeypatch.setattr(experiments.extension, "unlearn", forget)
+    monkeypatch.setattr(experiments.extension, "train_without", train_without)
+    found = experiments.unlearning(session)
+    where = experiments.nc_label(session.scale.rule_shardings[-1])
+    assert trained == [(cells[rule, where], [3, 17], session.stop_at)
+                       for rule in ("dense", "least_sensitive")]
+    assert "Not there yet: stored up to round 0" in capsys.readouterr().out
+    forgotten, reference = found["dense"]
+    assert forgotten["inside"] == session.store.root.name
+    assert (reference["inside"], reference["alphas"]) == ("without_3_17", (0.0,))
+    assert found["least_sensitive"][1] == {}
+    assert list(found) == ["dense", "least_sensitive"]

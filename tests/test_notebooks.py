@@ -234,9 +234,9 @@ def test_comparisons_as_parts_of_sentences():
     assert figures.against(comparison(0.5, 1.5, 0.01), "X") == (
         "1.0 points above X (95 % interval +0.5 to +1.5)")
     assert figures.against(comparison(-1.5, -0.5, 0.01), "X") == (
-        "1.0 points below X (95 % interval -1.5 to -0.5)")
+        "1.0 points below X (95 % interval −1.5 to −0.5)")
     assert figures.against(comparison(-0.5, 1.5, 0.3, 1), "X") == (
-        "neither above nor below X, as far as these runs tell (95 % interval -0.5 to +1.5, one "
+        "without a difference to X that these runs could show (95 % interval −0.5 to +1.5, one "
         "seed)")
     assert "not known yet" in figures.against(experiments.NOTHING, "X")
 
@@ -264,6 +264,36 @@ def test_damage_at_equal_gain_as_part_of_a_sentence(session, monkeypatch, measur
     found = figures.damage_against(session, "least_sensitive", "random", "Nc=1")
     assert found.startswith(said)
     assert "not known" in figures.damage_against(session, "least_sensitive", "random", "IID")
+
+
+def test_the_order_of_damages_is_shown_at_several_gains(session, monkeypatch):
+    measured = trade_offs({0: 2.0, 1: 2.2}).replace("random", "dense")
+    monkeypatch.setattr(experiments, "trade_offs", lambda session: measured)
+    table = figures.damage_table(session)
+    assert list(table.columns) == [("Nc=1", f"{gain} nats") for gain in ("0.125", "0.25", "0.5")]
+    assert set(table.loc["least_sensitive"]) == {"2.10 (1.14 to 3.84)"}
+    assert set(table.loc["dense"]) == {"1.00"}
+    assert set(table.loc["random"]) == {"–"}
+
+
+@pytest.mark.parametrize("reference", [{}, dict(own=[[0.1], [0.3]], others=[[0.4], [0.4]])])
+def test_unlearning_is_drawn_with_or_without_its_reference(session, monkeypatch, reference):
+    forgotten = dict(alphas=[0, 1], own=[[0.5, 0.2], [0.7, None]], others=[[0.4, 0.4], [0.4, 0.3]])
+    found = {"dense": (forgotten, reference)}
+    monkeypatch.setattr(experiments, "unlearning", lambda session: found)
+    drawn = []
+    monkeypatch.setattr(figures, "save_figure", lambda s, fig, name, alt: drawn.append(fig))
+    figures.draw_unlearning(session)
+    own, others = drawn[0].axes
+    lines = [list(line.get_ydata()) for line in own.get_lines()]
+    assert lines[0] == pytest.approx([60, 20])
+    assert len(lines) == len(others.get_lines()) == (2 if reference else 1)
+    if reference:
+        assert lines[1] == pytest.approx([20, 20])
+
+    monkeypatch.setattr(experiments, "unlearning", lambda session: {})
+    figures.draw_unlearning(session)  # a note in its place
+    assert len(drawn) == 1
 
 
 def test_interference_is_drawn_of_what_is_known(session, monkeypatch):
