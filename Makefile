@@ -8,7 +8,7 @@ export DATA_DIR ?= $(CURDIR)/data
 $(VENV)/installed: requirements.txt
 	python3 -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements.txt \
-		nbclient nbconvert nbformat ipykernel pytest pytest-xdist hypothesis ruff
+		nbclient nbconvert latex2mathml nbformat ipykernel pytest pytest-xdist hypothesis ruff
 	touch $@
 
 $(VENV)/extras: $(VENV)/installed

@@ -9,9 +9,11 @@ stored. Executed notebooks are kept as notebooks in --out and as pages in --html
 import argparse
 import ast
 import os
+import re
 import time
 from pathlib import Path
 
+import latex2mathml.converter
 import nbclient
 import nbformat
 from nbconvert import HTMLExporter
@@ -55,15 +57,37 @@ def execute(path: Path, out: Path | None = None, html: Path | None = None,
 
 
 def write_page(notebook, path: Path):
-    """The executed notebook as one page, without widgets and without the names of our folders."""
+    """The executed notebook as one page, without widgets and without the names of our folders.
+
+    Formulas are MathML, which a browser draws by itself, without a network.
+    """
     notebook.metadata.pop("widgets", None)
+    formulas = []
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs = [kept for kept in map(without_widgets, cell.outputs) if kept]
-    page, _ = HTMLExporter(embed_images=True).from_notebook_node(notebook)
+        if cell.cell_type == "markdown":
+            cell.source = take_formulas(cell.source, formulas)
+    exporter = HTMLExporter(embed_images=True, mathjax_url="", require_js_url="")
+    page, _ = exporter.from_notebook_node(notebook)
+    for i, formula in enumerate(formulas):
+        page = page.replace(f"FORMULA-{i}.", formula)
     page = page.replace(f"{ROOT}/", "").replace(str(ROOT), "this one")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")
+
+
+def take_formulas(markdown: str, formulas: list[str]) -> str:
+    """Markdown with names in the places of its formulas, which are added to the list as MathML.
+
+    Put in before the export they would not survive it: its parser closes MathML's tags at once.
+    """
+    def taken(found):
+        block, inline = found.groups()
+        display = "block" if block else "inline"
+        formulas.append(latex2mathml.converter.convert(block or inline, display=display))
+        return f"FORMULA-{len(formulas) - 1}."
+    return re.sub(r"\$\$(.+?)\$\$|\$(.+?)\$", taken, markdown, flags=re.DOTALL)
 
 
 def without_widgets(output):

@@ -1,5 +1,6 @@
 """What notebooks are made of: figures, tables, plans, the growing picture, parts of sentences."""
 import io
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -334,6 +335,17 @@ def test_a_drive_that_is_not_mounted_counts_as_none(tmp_path, monkeypatch):
 
 
 # ------------------------------------------------------------------ running notebooks
+def test_formulas_of_a_page_need_no_network(tmp_path):
+    cells = [run_notebooks.nbformat.v4.new_markdown_cell("$$a^2$$ and $b_i$, at 5 %")]
+    notebook = run_notebooks.nbformat.v4.new_notebook(cells=cells)
+    run_notebooks.write_page(notebook, tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert re.findall(r'<math[^>]*display="(\w+)"', page) == ["block", "inline"]
+    assert re.search(r"<msup>\s*<mi>a</mi>\s*<mn>2</mn>\s*</msup>", page)
+    assert ", at 5 %" in page
+    assert "libs/mathjax" not in page
+
+
 def test_parameters_are_injected_below_the_tagged_cell():
     notebook = run_notebooks.nbformat.read(run_notebooks.NOTEBOOKS[2], as_version=4)
     run_notebooks.inject(notebook, {"PRESET": "demo", "HOURS": 0.5})
