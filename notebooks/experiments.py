@@ -1389,7 +1389,7 @@ def section_frames(name: str, session: Session, quiet: bool = False
 
 
 EQUAL_GAIN = 0.25           # nats of a client's own loss at which damages are compared
-OTHER_GAINS = (0.125, 0.5)  # at which the order must be the same, or it hangs on the one above
+OTHER_GAINS = (0.175, 0.35)  # at which the order must be the same, or it hangs on the one above
 
 
 def trade_offs(session: Session) -> pd.DataFrame:

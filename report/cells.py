@@ -183,12 +183,21 @@ def course_of(result: dict) -> list[float]:
 def damage_cells(session: Session) -> dict[tuple, Cell]:
     """{(rule, sharding): cell} of what a cohort's first vectors cost others at equal gain.
 
-    Its runs have a row a seed: `log_damage`, whose differences are logarithms of ratios.
+    Its runs have a row a seed: `log_damage`, whose differences are logarithms of ratios, and
+    `log_damage_<gain>` at other gains.
     """
-    measured = experiments.damages(experiments.trade_offs(session))
-    measured["log_damage"] = np.log(measured.damage)
+    measured = experiments.trade_offs(session)
+    keys = ["rule", "sharding", "seed"]
+    found = experiments.damages(measured).rename(columns={"damage": "log_damage"})
+    for gain in experiments.OTHER_GAINS:
+        other = experiments.damages(measured, gain)
+        other = other.rename(columns={"damage": f"log_damage_{gain:g}"})
+        found = found.merge(other, on=keys, how="outer", sort=False)
+    values = [name for name in found if name.startswith("log_")]
+    found[values] = np.log(found[values].astype(float))
+
     cfgs = [replace(session.base, seed=seed) for seed in session.seeds]
     cells = {}
-    for label, runs in measured.groupby(["rule", "sharding"], sort=False):
+    for label, runs in found.groupby(keys[:2], sort=False):
         cells[label] = Cell(label, cfgs, runs, runs[:0], bracketed=True)
     return cells

@@ -49,6 +49,8 @@ def settings(session: Session) -> dict[str, str]:
         confidence=f"{100 * experiments.CONFIDENCE:.0f}",
         margin=f"{experiments.MARGIN:g}",
         equal_gain=f"{experiments.EQUAL_GAIN:g}",
+        lower_gain=f"{min(experiments.OTHER_GAINS):g}",
+        higher_gain=f"{max(experiments.OTHER_GAINS):g}",
     )
     larger = experiments.on_vits16(session).base
     every, _ = experiments.weight_counts(larger.arch)

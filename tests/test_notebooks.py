@@ -271,7 +271,7 @@ def test_the_order_of_damages_is_shown_at_several_gains(session, monkeypatch):
     measured = trade_offs({0: 2.0, 1: 2.2}).replace("random", "dense")
     monkeypatch.setattr(experiments, "trade_offs", lambda session: measured)
     table = figures.damage_table(session)
-    assert list(table.columns) == [("Nc=1", f"{gain} nats") for gain in ("0.125", "0.25", "0.5")]
+    assert list(table.columns) == [("Nc=1", f"{gain} nats") for gain in ("0.175", "0.25", "0.35")]
     assert set(table.loc["least_sensitive"]) == {"2.10 (1.14 to 3.84)"}
     assert set(table.loc["dense"]) == {"1.00"}
     assert set(table.loc["random"]) == {"–"}
