@@ -1804,10 +1804,10 @@ def image_flop(arch: str, image_size: int) -> tuple[int, int]:
 
 
 @lru_cache
-def weight_counts(arch: str) -> tuple[int, int]:
-    """All weights of an architecture with its head, and the maskable ones."""
+def weight_counts(arch: str, image_size: int) -> tuple[int, int]:
+    """All weights of an architecture with its head, and the maskable ones; pixels a side."""
     with torch.device("meta"):
-        model = timm.create_model(**utils.ARCHS[arch], num_classes=100)
+        model = timm.create_model(**utils.ARCHS[arch], num_classes=100, img_size=image_size)
     return (sum(p.numel() for p in model.parameters()),
             sum(w.numel() for w in utils.maskable(model).values()))
 
@@ -1855,7 +1855,7 @@ def flop_of(cfg: Config, test: bool) -> float:
 
 def stored_bytes(cfg: Config) -> float:
     """What a finished run keeps: last and best weights, of a sparse run the free and the mask."""
-    every, free = weight_counts(cfg.arch)
+    every, free = weight_counts(cfg.arch, cfg.image_size)
     if cfg.rule is None:
         return 2 * 4 * every
     return 2 * 4 * (1 - cfg.sparsity) * free + free / 8
@@ -1963,6 +1963,21 @@ def budget_line(notebook: str, session: Session) -> str:
     return (f"Preset {session.preset}, {len(session.seeds)} seed(s): {row.runs} runs, about "
             f"{row.hours / session.workers:.1f} hours with {session.workers} worker(s) and "
             f"{row.gigabytes:.1f} GB if nothing is stored yet ({row.throughput}).")
+
+
+def rates_line(session: Session) -> str:
+    """How a preset searches learning rates, and which cells take the rate of another."""
+    scale = session.scale
+    if not scale.searches:
+        return "Learning rates are not searched in this preset, but guessed."
+    if scale.search is None:
+        return "Every cell's learning rate is searched, on runs as long as its own."
+    shared = []
+    for name, stand_in in scale.stand_ins.items():
+        pairs = [f"{value} takes that of {other}" for value, other in stand_in.items()]
+        shared.append(f"{name}: {', '.join(pairs)}")
+    return (f"Learning rates are searched on runs of {scale.search} local steps (centralised: of "
+            f"{scale.search_epochs} epoch). Not searched are {'; '.join(shared)}.")
 
 
 # ------------------------------------------------------------------ command line

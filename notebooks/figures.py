@@ -79,6 +79,7 @@ def open_notebook(notebook: str, drive: Path | None = None, **parameters) -> Ses
         drive = None
     session = open_session(drive=drive, **parameters)
     print(budget_line(notebook, session))
+    print(experiments.rates_line(session))
 
     names = [name for name, section in SECTIONS.items() if section.notebook == notebook]
     runs = [cfg for name in names for cfg in section_runs(name, session)]

@@ -31,7 +31,7 @@ def settings(session: Session) -> dict[str, str]:
     for f in fields(session.scale):
         values[f"scale/{f.name}"] = shown(getattr(session.scale, f.name))
 
-    every, free = experiments.weight_counts(base.arch)
+    every, free = experiments.weight_counts(base.arch, base.image_size)
     train = experiments.train_images(base)
     whole = images_per_class(base.dataset) * 100
     values |= dict(
@@ -53,7 +53,7 @@ def settings(session: Session) -> dict[str, str]:
         higher_gain=f"{max(experiments.OTHER_GAINS):g}",
     )
     larger = experiments.on_vits16(session).base
-    every, _ = experiments.weight_counts(larger.arch)
+    every, _ = experiments.weight_counts(larger.arch, larger.image_size)
     values["larger_millions"] = f"{every / 1e6:.1f}"
     values["larger_size"] = larger.image_size
     for name, weights in (("backbone", base.weights), ("larger", larger.weights)):

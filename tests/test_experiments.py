@@ -566,6 +566,10 @@ def test_the_readme_has_the_table_of_costs():
     assert experiments.budget_markdown() in readme
     for notebook in ("04", "all"):
         assert f"| {budget('lite').loc[notebook, 'hours']:.1f} |" in readme
+    lite, full = (budget(name, seeds=3).loc["all"] for name in ("lite", "full"))
+    assert (f"three take {lite.hours:.1f} hours in `lite` and {full.hours:.1f} in `full`, and "
+            f"{lite.gigabytes:.1f} GB each") in readme
+    assert f"{full.gigabytes:.1f}" == f"{lite.gigabytes:.1f}"
 
 
 def test_a_free_drive_has_room_for_the_suite():
