@@ -37,7 +37,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Literal
@@ -365,6 +365,7 @@ def source_sha256(thing: Callable) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
+@cache  # by function: what runs is what was read first, before any edit
 def _plain_source(function: Callable) -> str:
     try:
         return _plain(textwrap.dedent(inspect.getsource(function)))
@@ -396,8 +397,8 @@ def _plain(source: str) -> str:
 
 
 # The code that runs is the code at import: a later edit of the file must not change its hash.
-_SOURCE = Path(__file__).read_text(encoding="utf-8")
-CODE_SHA256 = hashlib.sha256(_plain(_SOURCE).encode()).hexdigest()
+SOURCE = Path(__file__).read_text(encoding="utf-8")
+CODE_SHA256 = hashlib.sha256(_plain(SOURCE).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -411,16 +412,12 @@ class Rule:
     needs_fisher: bool = False
 
 
-_BUILT_IN_RULES = ("least_sensitive", "most_sensitive", "lowest_magnitude", "highest_magnitude",
-                   "random", "query_key")
-
-
 def register_rule(name: str, score: Callable, needs_fisher: bool = False):
     """Makes `Config(rule=name)` train the weights that `score` gives the lowest scores; see `Rule`.
 
     Raises ValueError for a built-in name and where the source of `score` cannot be found.
     """
-    if name in _BUILT_IN_RULES and score.__module__ != __name__:
+    if name in RULES and RULES[name].score.__module__ == __name__:
         raise ValueError(f"rule {name!r} is built in: choose another name")
     if score.__module__ != __name__:
         source_sha256(score)
@@ -1409,6 +1406,7 @@ def federated_round(run: Run, state: State, train_cohort=train_cohort) -> State:
     *losses, client_norm, mean_norm = torch.cat([update.losses, norms]).tolist()
     watched = {f"loss of client {k}": loss for k, loss in zip(update.clients, losses, strict=True)}
     watched["norm of the task vectors"] = client_norm
+    watched["norm of what combine() returns"] = mean_norm
     where = update.losses.device
     check_finite(cfg, where, state.round + 1, lr, watched)
 
@@ -1809,6 +1807,12 @@ def feature_sums(x: Tensor, labels: Tensor, num_classes: int) -> FeatureSums:
     return FeatureSums(x.T @ x, x.T @ targets)
 
 
+def pooled_sums(parts: list[tuple[Tensor, Tensor]], num_classes: int) -> FeatureSums:
+    """The sums over all clients, from a pair of features and labels each."""
+    first, *others = (feature_sums(x, y, num_classes) for x, y in parts)
+    return sum(others, first)
+
+
 def ridge_head(sums: FeatureSums, l2: float) -> Params:
     """Ridge regression on one-hot targets, W = (X'X + l2)^-1 X'Y, in float64; the bias is free."""
     penalty = torch.full_like(sums.gram[0], l2)
@@ -1846,7 +1850,7 @@ def logistic_head(parts: list[tuple[Tensor, Tensor]], num_classes: int, l2: floa
     one. Features are standardised by their sums first. Stops where no entry of the gradient of the
     mean loss is above `tolerance`. Raises ValueError if that is not reached.
     """
-    sums = sum_feature_sums([feature_sums(x, y, num_classes) for x, y in parts])
+    sums = pooled_sums(parts, num_classes)
     n = sums.gram[-1, -1]
     mean = sums.gram[-1, :-1] / n
     variance = sums.gram.diagonal()[:-1] / n - mean.square()
@@ -1892,13 +1896,6 @@ def logistic_head(parts: list[tuple[Tensor, Tensor]], num_classes: int, l2: floa
     return _checked_head(weight, w[:, -1] - weight @ mean)
 
 
-def sum_feature_sums(parts: list[FeatureSums]) -> FeatureSums:
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return total
-
-
 def _checked_head(weight: Tensor, bias: Tensor) -> Params:
     head = dict(zip(HEAD, (weight.contiguous(), bias.contiguous()), strict=True))
     if not all(w.isfinite().all() for w in head.values()):
@@ -1932,7 +1929,7 @@ def fit_head(kind: str, parts: list[tuple[Tensor, Tensor]], num_classes: int, l2
     if kind == "logistic":
         head = logistic_head(parts, num_classes, l2)
     else:
-        sums = sum_feature_sums([feature_sums(x, y, num_classes) for x, y in parts])
+        sums = pooled_sums(parts, num_classes)
         head = lda_head(sums) if kind == "lda" else ridge_head(sums, l2)
     if kind == "ridge":
         x, y = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
@@ -1962,7 +1959,7 @@ class Store:
         self._parsed = {}      # results by name, with the size and time of the file they are of
         if not 0 <= self.minutes < math.inf:
             raise ValueError(f"minutes={self.minutes} between two checkpoints must be at least 0")
-        if self.backup is not None and not self.frozen:
+        if self.backup is not None:
             self._restore()
 
     def _restore(self):
@@ -1971,14 +1968,16 @@ class Store:
             self.backup.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             warnings.warn(f"{self.backup} cannot be made: {error}", stacklevel=4)
-        for pattern in ("*.json", "*.npy", "notes/*.json"):
+        results = ("*.json", "*.npy", "notes/*.json")
+        for pattern in results:
             for name in self._names_in(self.backup, pattern):
                 if not (self.root / name).exists():
                     self._copy(name, self.backup, self.root)
-        for pattern in ("*.json", "*.npy", "notes/*.json", "checkpoints/*/*.safetensors",
-                        "cache/*.safetensors"):
-            there = set(self._names_in(self.backup, pattern))
-            self._pending |= set(self._names_in(self.root, pattern)) - there
+        if self.frozen:
+            return
+        for pattern in (*results, "checkpoints/*/*.safetensors", "cache/*.safetensors"):
+            names = self._names_in(self.root, pattern)
+            self._pending |= {name for name in names if not self._is_copied(name)}
         self.copy_pending()
 
     def _names_in(self, folder: Path, pattern: str) -> list[str]:
@@ -1987,6 +1986,13 @@ class Store:
         except OSError as error:
             warnings.warn(f"{folder} cannot be listed: {error}", stacklevel=2)
             return []
+
+    def _is_copied(self, name: str) -> bool:
+        """By size as well as by name: the backup may hold an older version."""
+        try:
+            return (self.backup / name).stat().st_size == (self.root / name).stat().st_size
+        except OSError:
+            return False
 
     def _copy(self, name: str, source: Path, target: Path) -> bool:
         try:
@@ -2249,11 +2255,13 @@ def check_same_run(cfg: Config, stored: dict):
 
 # ------------------------------------------------------------------ plumbing: training by name
 def open_run(cfg: Config, store: Store | None = None, head: Params | None = None,
-             mask: Params | None = None, skip_frozen: bool = True) -> tuple[Run, State]:
+             mask: Params | None = None, skip_frozen: bool = True, resume: bool = True
+             ) -> tuple[Run, State]:
     """A Run (data, model, head, mask and shards), and the State to go on from.
 
     A worker elsewhere has no store, but `head` and `mask` from the server. Without `skip_frozen`,
     weights of which the mask frees no entry get gradients all the same, with the same result.
+    Without `resume` the State is the run's start, whatever is stored of it.
     """
     data = load_data(cfg)
     model = build_model(cfg)
@@ -2283,7 +2291,8 @@ def open_run(cfg: Config, store: Store | None = None, head: Params | None = None
     # The head first: the mask is calibrated with it.
     if cfg.head != "probe":
         fitted = cfg.head != "train" or cfg.rule
-        if head is None and fitted and saved is None:
+        # a checkpoint of all weights has the head among them, one of a start has none
+        if head is None and fitted and not (saved and resume):
             head = make_head(cfg, store, data, model, shards, provenance["backbone_sha256"])
         if head is not None:
             model.load_state_dict(backbone(model) | head)
@@ -2304,7 +2313,9 @@ def open_run(cfg: Config, store: Store | None = None, head: Params | None = None
     algorithm = None if cfg.centralized else ALGORITHMS[cfg.algorithm](cfg)
     run = Run(cfg, data, model, trainable, mask, shards, algorithm, optimizer, provenance)
     start = State({n: w.clone() for n, w in run.weights().items()})
-    return run, start if saved is None else _saved_state(run, start, *saved)
+    if saved is None or not resume:
+        return run, start
+    return run, _saved_state(run, start, *saved)
 
 
 def trainable_names(cfg: Config, model: nn.Module, mask: Params | None,

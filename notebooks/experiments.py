@@ -117,6 +117,11 @@ def open_session(preset_name: str, seeds: int | Iterable[int] | None = None,
         seeds = 1 if preset_name == "demo" else 3
     if isinstance(seeds, int):
         seeds = range(seeds)
+    seeds = tuple(seeds)
+    if not seeds:
+        raise ValueError("seeds must name one at least")
+    # what is shown of one seed alone is of the first
+    base = replace(base, seed=seeds[0])
     if workers is None:
         workers = 1 if device().type != "cpu" else os.cpu_count() or 1
 
@@ -130,7 +135,7 @@ def open_session(preset_name: str, seeds: int | Iterable[int] | None = None,
     stop_at = math.inf
     if hours is not None:
         stop_at = time.monotonic() + 3600 * hours
-    return Session(preset_name, base, Store(root, backup, frozen=frozen), figures, tuple(seeds),
+    return Session(preset_name, base, Store(root, backup, frozen=frozen), figures, seeds,
                    max(1, workers), SCALES[preset_name], stop_at, figures_backup, tensorboard)
 
 
@@ -191,6 +196,7 @@ class Scale:
     longer_rules: tuple
     longer_rungs: tuple[int, ...]  # of its rates, factors of 3 from those of the shorter runs
     consensus: tuple[tuple[str, float], ...]  # how clients' scores combine, share of the clients
+    client_images: int             # that a client scores in a round of it
     skews: tuple                   # Nc of consensus and methods
     # {field: {value: value}}: cells with the first take the rate that is searched with the second
     stand_ins: dict = field(default_factory=dict)
@@ -198,8 +204,8 @@ class Scale:
 
 ALL_RULES = ("least_sensitive", "most_sensitive", "lowest_magnitude", "highest_magnitude",
              "random", "query_key")
-CONSENSUS = (("central", 1.0), ("mean", 1.0), ("max", 1.0), ("vote", 1.0), ("mean", 0.1),
-             ("max", 0.1), ("vote", 0.1))
+CONSENSUS = (("central", 0.1), ("mean", 0.1), ("max", 0.1), ("vote", 0.1), ("central", 1.0),
+             ("max", 1.0), ("vote", 1.0))
 
 # small: every cell's rate at its own length, so that a cell costs five runs or six. Sweeps have
 # the ends of a range and the default between them, and the grid alone the shardings between IID,
@@ -217,7 +223,7 @@ _SMALL = Scale(
     map_rules=(None, "least_sensitive", "most_sensitive", "random"),
     map_shardings=(None, 10, 1), map_rungs=(-3, -2, -1, 0, 1, 2, 3), more_rounds=4,
     longer_rules=(None, "least_sensitive", "random"), longer_rungs=(0, 1, 2, 3, -1, -2),
-    consensus=CONSENSUS[:5], skews=(10, 1))
+    consensus=CONSENSUS[:4], client_images=128, skews=(10, 1))
 
 # lite: a T4 for at most 10 hours. A search costs four runs, so rates are searched at a
 # quarter of the sweeps' length, at three shardings and one J; what is shown is as long as can be.
@@ -234,7 +240,8 @@ _LITE = replace(
         "algorithm": {"fedexp": "fedavg", "fedprox": "fedavg", "scaffold": "fedavg"}})
 
 # full: at most 40 hours; an image costs 5.7 times that of lite, so the runs are shorter.
-_FULL = replace(_LITE, headline=384, sweep=192, lengths=(384, 768), more_rounds=3)
+_FULL = replace(_LITE, headline=384, sweep=192, lengths=(384, 768), more_rounds=3,
+                consensus=CONSENSUS[:4])
 
 # demo: every line of code in minutes; its accuracies say nothing.
 _DEMO = replace(
@@ -244,7 +251,7 @@ _DEMO = replace(
     nc=10, sparsities=(0.5, 0.9), calibration_rounds=(1, 4), sweep_shardings=(None, 10),
     rule_shardings=(None, 1), half_shardings=(10,), map_rules=(None, "least_sensitive"),
     map_shardings=(1,), map_rungs=(0, 1), more_rounds=2, longer_rules=(None, "least_sensitive"),
-    longer_rungs=(0, 1), skews=(5,), consensus=tuple((how, 0.1) for how, _ in CONSENSUS[:4]))
+    longer_rungs=(0, 1), skews=(5,), consensus=CONSENSUS[:4], client_images=12)
 
 SCALES = {"full": _FULL, "lite": _LITE, "small": _SMALL, "demo": _DEMO}
 
@@ -527,13 +534,17 @@ def fisher_mass(cfg: Config, store: Store) -> float | None:
 def consensus(session: Session) -> Cells:
     """Who calibrates: one place, or clients whose scores the server combines.
 
-    At the rate of the centrally calibrated mask: the masks are nearly the same.
+    All see as many images, `client_images` times the number of scoring clients; a client of few
+    images would handicap a maximum and a vote. At the rate of the mask that is calibrated in one
+    place: the masks are nearly the same.
     """
     cells = {}
     for nc in session.scale.skews:
         start = _sparse(session, nc)
         for how, share in session.scale.consensus:
-            cfg = replace(start, calibration=how, calibration_clients=share)
+            scorers = utils.cohort_size(start.num_clients, share)
+            cfg = replace(start, calibration=how, calibration_clients=share,
+                          calibration_images=session.scale.client_images * scorers)
             cells[how, share, nc_label(nc)] = cfg
     return cells
 
@@ -1464,8 +1475,13 @@ def unlearning(session: Session) -> dict[str, tuple[dict, dict]]:
         if not forgotten:  # a frozen store
             continue
         clients = forgotten["clients"]
-        result = extension.train_without(cfg, clients, session.store, test=False,
-                                         stop_at=session.stop_at)
+        with one_thread():
+            result = extension.train_without(cfg, clients, session.store, test=False,
+                                             stop_at=session.stop_at)
+        if result["status"] == "interrupted":
+            print(f"Stopped after {result['round']} rounds without clients {clients}: run this "
+                  "again to go on.")
+            break
         reference = {}
         if result["status"] == "finished":
             elsewhere = extension.store_without(session.store, clients)

@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -41,6 +42,7 @@ from utils import (
     json_sha256,
     model_input,
     open_run,
+    precise_device,
     register_algorithm,
     rng,
     run_key,
@@ -54,6 +56,8 @@ from utils import (
     train,
     train_cohort,
 )
+
+SOURCE = Path(__file__).read_text(encoding="utf-8")  # what is imported, whatever it becomes
 
 
 # ------------------------------------------------------------------ algorithms
@@ -476,9 +480,9 @@ def damage_over_gain(change: Tensor, own: Tensor, everyone: Tensor) -> dict:
     a vector. `ratio` is damage over gain of all vectors together, None where they gain nothing.
     """
     known = ~change.isnan().any(0)
-    change = change[:, known].double()
-    own = own[:, known]
-    others = everyone[known] - own
+    change = in_float64(change[:, known])
+    own = in_float64(own[:, known])
+    others = in_float64(everyone[known]) - own
     gain = -weighted_mean(change, own)
     damage = weighted_mean(change, others)
     total = gain.sum()
@@ -492,6 +496,11 @@ def weighted_mean(values: Tensor, counts: Tensor) -> Tensor:
     """Means (rows,) of values (rows, n) by counts (rows, n); 0 where there is none."""
     total = (values * counts).sum(1)
     return total / counts.sum(1).clamp(min=1)
+
+
+def in_float64(values: Tensor) -> Tensor:
+    """The same in float64, on the CPU where the device has none."""
+    return values.to(precise_device(values)).double()
 
 
 def class_means(values: Tensor, labels: Tensor, num_classes: int) -> Tensor:
@@ -508,8 +517,8 @@ def disentanglement_error(single: Tensor, joint: Tensor, owned: Tensor) -> float
     of the share of images. `single` (clients, n) are predictions at w + tau_k, `joint` (n,) those
     at w + sum of tau, and `owned` (clients, n) is True for images of the client's classes.
     """
-    differs = (single != joint).double()
-    return weighted_mean(differs, owned).mean().item()
+    differs = in_float64(single != joint)
+    return weighted_mean(differs, in_float64(owned)).mean().item()
 
 
 def localization_error(single: Tensor, start: Tensor, owned: Tensor) -> float | None:
@@ -523,8 +532,8 @@ def localization_error(single: Tensor, start: Tensor, owned: Tensor) -> float | 
     has_some = foreign.any(1)
     if not has_some.any():
         return None
-    changed = (single != start).double()
-    return weighted_mean(changed, foreign)[has_some].mean().item()
+    changed = in_float64(single != start)
+    return weighted_mean(changed, in_float64(foreign))[has_some].mean().item()
 
 
 def zero_classes(per_class: list[float | None]) -> float:
@@ -557,6 +566,7 @@ def measures_sha256() -> str:
         damage_over_gain,
         weighted_mean,
         class_means,
+        in_float64,
         disentanglement_error,
         localization_error,
         overlap,
@@ -596,11 +606,10 @@ def kept(kind: str, cfg: Config, store: Store, options: dict,
     key = dict(run_key(cfg), options=options, trained=trained, code=measures_sha256())
 
     def compute():
-        run, state = open_run(cfg, store)
+        run, state = open_run(cfg, store, resume=at == "last")
         run = replace(run, algorithm=FedAvg(cfg))
         if at == "start":
-            start = {n: w.clone() for n, w in run.weights().items()}
-            return without_nan(measure(run, State(start)))
+            return without_nan(measure(run, state))
         if state.round != cfg.length:
             raise ValueError(f"{run_name(cfg)} is stored up to round {state.round} of "
                              f"{cfg.length}: train it first, then measure it")
@@ -808,8 +817,9 @@ def unlearn(cfg: Config, store: Store, number: int = 5, images: int = 5000,
 
     w are the last weights of the run and tau_k what client k learns from there in a round. For each
     of the first `number` clients of the next cohort: `classes`, and `own` and `others`, accuracies
-    on validation images of its classes and of all others (clients, alphas), None where there is no
-    such image. `train_without` gives the reference that never had the client.
+    on validation images of its classes and of those that none of these clients has (clients,
+    alphas), None where there is no such image. `train_without` gives the reference that never had
+    any of them.
     """
     options = dict(at="last", number=number, images=images, alphas=list(alphas))
 
@@ -818,6 +828,7 @@ def unlearn(cfg: Config, store: Store, number: int = 5, images: int = 5000,
         clients = clients[:number]
         x, y = sample(run, images)
         counts = class_counts(run, clients, number_of_classes(run))
+        foreign = ~(counts > 0).any(0)
         found = dict(clients=clients, alphas=list(alphas), classes=[], own=[], others=[])
         for k in range(len(clients)):
             mine = counts[k] > 0
@@ -827,7 +838,7 @@ def unlearn(cfg: Config, store: Store, number: int = 5, images: int = 5000,
                 params = apply_vector(state.params, vectors[k], -alpha)
                 hits = right_answers(run, params, x, y)
                 own.append(mean_where(hits, mine[y]))
-                others.append(mean_where(hits, ~mine[y]))
+                others.append(mean_where(hits, foreign[y]))
             found["classes"].append(mine.nonzero()[:, 0].tolist())
             found["own"].append(own)
             found["others"].append(others)
@@ -908,3 +919,6 @@ def mask_noise_floor(cfg: Config, store: Store, images: int | None = None) -> di
         return {"iou": overlap(*masks)}
     key = dict(run_key(cfg), images=images, code=measures_sha256())
     return store.compute_or_load("noise_floor", key, compute)
+
+
+measures_sha256()  # reads their sources while the file is still what was imported

@@ -92,14 +92,13 @@ def open_notebook(notebook: str, drive: Path | None = None, **parameters) -> Ses
     return session
 
 
-_SOURCE = Path(utils.__file__).read_text(encoding="utf-8")  # as this kernel imported it
-
-
 def say_edited(info=None):
-    """Says, before a cell runs, that utils.py was edited after this kernel imported it."""
-    if Path(utils.__file__).read_text(encoding="utf-8") != _SOURCE:
-        print("RESTART THE KERNEL: utils.py has been edited, and this kernel runs what it was "
-              "before. What is stored, or half trained, is found again.")
+    """Says, before a cell runs, that a module which is not read again was edited since."""
+    for module in (utils, extension):
+        path = Path(module.__file__)
+        if path.read_text(encoding="utf-8") != module.SOURCE:
+            print(f"RESTART THE KERNEL: {path.name} has been edited, and this kernel runs what it "
+                  "was before. What is stored, or half trained, is found again.")
 
 
 def warn_of_edits():
@@ -1481,7 +1480,9 @@ class Panel:
         name = values.pop("preset")
         if name == self.session.preset:
             return replace(self.start, **values)
-        return preset(name, **values)
+        # what kind of run it is stays, whatever the preset
+        kind = dict(algorithm=self.start.algorithm, rule=self.start.rule)
+        return preset(name, **kind | values)
 
     @property
     def chosen_session(self) -> Session:
@@ -1538,6 +1539,11 @@ class Panel:
     def run(self, test: bool = True):
         """Trains what is missing of the chosen run. Stop the cell at will; rerun it to go on."""
         session = self.chosen_session
+        backup = backup_of(self.session, session.preset)
+        if session.store.backup != backup:
+            # opened for training only: it lists the drive
+            session = replace(session, store=replace(session.store, backup=backup))
+            self.sessions[session.preset] = session
         cfg = self.cfg
         if cfg.dataset == "cifar100" and session.preset == "demo":
             cfg = utils.or_synthetic(cfg)
@@ -1592,7 +1598,16 @@ def other_session(session: Session, name: str) -> Session:
         store = Store(session.store.root / "demo", frozen=session.store.frozen)
         return replace(session, preset=name, base=preset(name), store=store,
                        figures=session.figures / "demo", figures_backup=None)
-    return open_session(name, session.seeds, workers=session.workers)
+    opened = open_session(name, session.seeds, workers=session.workers)
+    return replace(opened, stop_at=session.stop_at)
+
+
+def backup_of(session: Session, name: str) -> Path | None:
+    """Where a preset's results are copied to, by where those of the session's preset are."""
+    backup = session.store.backup
+    if backup is None or "demo" not in (name, session.preset) or name == session.preset:
+        return backup
+    return backup / "demo" if name == "demo" else backup.parent
 
 
 def data_name(cfg: Config) -> str:
@@ -1606,10 +1621,14 @@ def status_of(cfg: Config, session: Session) -> str:
     if result and result["status"] == "diverged":
         return f"Diverged: {result['error']}"
     if result:
-        scores = [f"validation {100 * last_accuracy(result):.1f} %"]
+        validated = f"validation {100 * last_accuracy(result):.1f} %"
         if "test" in result:
-            scores.append(f"test {100 * result['test']['top1']:.1f} %")
-        return f"{cfg.length} of {cfg.length} {unit} stored, nothing to run: {', '.join(scores)}"
+            scores = f"{validated}, test {100 * result['test']['top1']:.1f} %"
+            return f"{cfg.length} of {cfg.length} {unit} stored, nothing to run: {scores}"
+        if rounds_stored(cfg, session.store) == cfg.length:
+            return f"{cfg.length} of {cfg.length} {unit} stored, not tested: {validated}"
+        return (f"Searched, not tested: {validated}. The weights of a search are not kept: to be "
+                f"tested it runs {cfg.length} {unit} again")
     done = rounds_stored(cfg, session.store)
     speed, source = experiments.throughput(session.preset, session.store)
     minutes = flop_left(cfg, session.store, True) / speed / 60

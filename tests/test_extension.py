@@ -1,6 +1,8 @@
 """Algorithms beyond FedAvg, merges, and the hooks they are written through."""
+import importlib
 import linecache
 import math
+import os
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +12,7 @@ from helpers import CFG, close, cut, half_mask, make_small, rounds, same, small_
 
 import utils
 from notebooks import extension
-from utils import ALGORITHMS, Config, State, Store
+from utils import ALGORITHMS, Config, FedAvg, State, Store, register_algorithm
 
 BEYOND = ["fedprox", "scaffold", "fedavgm", "fedadam", "fedexp", "sign_election",
           "sign_election_matched", "ties", "ties_matched", "fisher", "fisher_matched", "held_out",
@@ -431,6 +433,41 @@ def test_an_edit_of_what_an_algorithm_inherits_is_another_run(monkeypatch):
     before = utils.run_key(cfg)
     monkeypatch.setattr(extension.Ties, "keep", 0.3)
     assert utils.run_key(cfg) != before
+
+
+def test_an_edit_of_a_file_counts_when_it_is_imported_again(tmp_path, monkeypatch, unregister):
+    """What runs is what was imported: old code must not train under the key of the new."""
+    path = tmp_path / "of_mine.py"
+    text = """import utils
+class Mine(utils.FedAvg):
+    def combine(self, vectors, shares, messages):
+        return utils.scale(vectors[0], 2.0)
+utils.register_algorithm("mine", Mine)
+"""
+    path.write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    module = importlib.import_module("of_mine")
+    before = utils.run_key(replace(CFG, algorithm="mine"))
+    path.write_text(text.replace("2.0", "3.0"))
+    linecache.checkcache()
+    assert utils.run_key(replace(CFG, algorithm="mine")) == before
+    later = path.stat().st_mtime + 10  # or the compiled module passes for the new one's
+    os.utime(path, (later, later))
+    importlib.reload(module)
+    assert utils.run_key(replace(CFG, algorithm="mine")) != before
+
+
+def test_a_merge_that_is_not_finite_ends_the_run_as_diverged(tmp_path, monkeypatch, unregister):
+    make_small(monkeypatch)
+
+    class Mine(FedAvg):
+        def combine(self, vectors, shares, messages):
+            return {n: v / 0 for n, v in vectors[0].items()}  # 0 / 0 where it is frozen
+    register_algorithm("mine", Mine)
+    cfg = replace(CFG, algorithm="mine", rule="random", head="lda")
+    result = utils.train(cfg, Store(tmp_path, quiet=True))
+    assert result["status"] == "diverged"
+    assert "norm of what combine() returns" in result["error"]
 
 
 def test_static_methods_count_by_their_source(unregister):

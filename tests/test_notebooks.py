@@ -321,9 +321,13 @@ def test_an_answer_says_what_is_missing_and_that_the_demo_says_nothing(session):
 def test_an_edited_utils_is_said_before_the_next_cell(monkeypatch, capsys):
     figures.say_edited()
     assert capsys.readouterr().out == ""
-    monkeypatch.setattr(figures, "_SOURCE", figures._SOURCE + "# edited")
-    figures.say_edited()
-    assert "RESTART THE KERNEL" in capsys.readouterr().out
+    for module in (utils, experiments.extension):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "SOURCE", module.SOURCE + "# edited")
+            figures.say_edited()
+        said = capsys.readouterr().out
+        name = module.__name__.rpartition(".")[2]
+        assert said.startswith(f"RESTART THE KERNEL: {name}.py has been edited")
 
 
 def test_a_drive_that_is_not_mounted_counts_as_none(tmp_path, monkeypatch):

@@ -105,6 +105,45 @@ def test_a_longer_run_along_a_schedule_that_ends_is_said_to_be_another(session):
     assert "another run" not in figures.status_of(replace(longer, schedule="constant"), session)
 
 
+def test_a_search_without_its_weights_is_no_tested_run(session):
+    chosen = panel(session, START, *NAMES)
+    train_all([START], session, test=False)
+    chosen.update()
+    assert "4 of 4 rounds stored, not tested: validation" in shown(chosen)
+    for path in (session.store.root / "checkpoints" / run_name(START)).glob("*.safetensors"):
+        path.unlink()
+    chosen.update()
+    assert "Searched, not tested" in shown(chosen)
+    assert "it runs 4 rounds again" in shown(chosen)
+    chosen.run()
+    assert "4 of 4 rounds stored, nothing to run" in shown(chosen)
+
+
+def test_another_preset_keeps_the_kind_of_run(session):
+    start = replace(START, algorithm="centralized", rule="random")
+    chosen = panel(session, start, "lr", "seed")
+    choose(chosen, "preset", "demo")
+    assert (chosen.cfg.algorithm, chosen.cfg.rule) == ("centralized", "random")
+
+
+def test_runs_of_another_preset_reach_the_drive_and_mind_the_time(session, tmp_path, monkeypatch):
+    drive = tmp_path / "drive"
+    backed = replace(session, stop_at=1e12,
+                     store=replace(session.store, backup=drive / "results"))
+    chosen = panel(backed, START, *NAMES)
+    choose(chosen, "preset", "demo")
+    assert chosen.chosen_session.stop_at == 1e12
+    assert not (drive / "results/demo").exists()  # choosing lists no drive
+    trained = []
+    monkeypatch.setattr(figures, "train_all", lambda cfgs, session, *_: trained.append(session))
+    chosen.run()
+    assert trained[0].store.backup == drive / "results/demo"
+    assert trained[0].store.root == session.store.root / "demo"
+    assert figures.backup_of(trained[0], "small") == drive / "results"
+    assert figures.backup_of(trained[0], "demo") == drive / "results/demo"
+    assert figures.backup_of(session, "demo") is None
+
+
 def test_running_stops_cleanly_and_goes_on(session, monkeypatch, capsys):
     chosen = panel(session, START, *NAMES)
     honest = utils.federated_round

@@ -314,6 +314,26 @@ def test_what_a_wiped_machine_had_is_found_in_the_backup(backed, monkeypatch):
     assert federated(SHORT, again) == result
 
 
+def test_an_older_version_in_the_backup_is_replaced_by_the_next_process(backed, monkeypatch):
+    backed.write("a.json", b"{}")
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "_copy", lambda *args: False)  # the drive takes nothing
+        backed.write("a.json", b'{"new": 1}')
+    assert (backed.backup / "a.json").read_bytes() == b"{}"
+    again = Store(backed.root, backed.backup)
+    assert (again.backup / "a.json").read_bytes() == b'{"new": 1}'
+
+
+def test_a_frozen_store_finds_results_in_the_backup_and_copies_nothing_there(backed):
+    result = federated(SHORT, backed)
+    shutil.rmtree(backed.root)
+    backed.root.mkdir()
+    (backed.root / "here.json").write_text("{}")
+    frozen = Store(backed.root, backed.backup, frozen=True)
+    assert frozen.result(SHORT) == result
+    assert not (backed.backup / "here.json").exists()
+
+
 def test_old_checkpoints_leave_the_backup_too(backed):
     run, state = utils.open_run(replace(CFG, num_rounds=9), backed)
     for number in (1, 2, 3):
