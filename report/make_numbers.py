@@ -18,7 +18,7 @@ from notebooks import experiments
 from notebooks.experiments import Session
 from report.cells import Cell, damage_cells, frozen_session, read_cells, read_gains
 from report.claims import REPORT, Claim, Judged, judge, read_claims
-from report.tables import command, make_tables, mean, range_of, start, words
+from report.tables import command, make_tables, mean, power, range_of, start, words
 from utils import ROOT, cohort_size, images_per_class, json_sha256
 
 
@@ -82,7 +82,7 @@ def cell_lines(key: str, cell: Cell) -> list[str]:
         val=mean(cell, "val"),
         start=start(cell))
     if len(cell.runs):
-        values["rate"] = f"{cell.cfgs[0].lr:g}"
+        values["rate"] = f"${power(cell.cfgs[0].lr)}$"
     return [command("setcell", name, key, text) for name, text in values.items() if text]
 
 
@@ -95,7 +95,7 @@ def gain_lines(session: Session) -> list[str]:
             "range": range_of(gains),
             "gain": f"{gains.points[gains.best]:+.1f}",
             "dip": f"{gains.dip:+.1f}",
-            "bestrate": f"{gains.best:g}",
+            "bestrate": f"${power(gains.best)}$",
         }
         if gains.reach is not None:
             values["reach"] = f"{gains.reach:.2g}"

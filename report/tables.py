@@ -113,7 +113,16 @@ def start(cell: Cell) -> str:
 def rate(cell: Cell) -> str:
     if len(cell.runs) == 0:
         return ""
-    return command("rate", f"{cell.cfgs[0].lr:g}")
+    return command("rate", power(cell.cfgs[0].lr))
+
+
+def power(number: float) -> str:
+    """A number as TeX's mathematics have it: 0.001, but 10^{-5} and 3\\cdot 10^{-5}."""
+    mantissa, _, exponent = f"{number:g}".partition("e")
+    if not exponent:
+        return mantissa
+    power_of_ten = f"10^{{{int(exponent)}}}"
+    return power_of_ten if mantissa == "1" else rf"{mantissa}\cdot {power_of_ten}"
 
 
 def test_and_rate(cell: Cell) -> str:
@@ -262,8 +271,8 @@ def range_of(gains: Gains) -> str:
     if gains.lowest is None:
         return "\\norange"
     rates = list(gains.points)
-    low = f"{gains.lowest:g}"
-    high = f"{gains.highest:g}"
+    low = power(gains.lowest)
+    high = power(gains.highest)
     if gains.lowest == rates[0]:
         low = "\\le " + low
     if gains.highest == rates[-1]:
@@ -280,7 +289,7 @@ def map_table(shown: dict[str, dict[str, Gains]]) -> str:
             lines.append(["\\midrule"])
         lines.append([command("group", words(sharding))])
         for rule, gains in of_rules.items():
-            rate_of_best = command("rate", f"{gains.best:g}")
+            rate_of_best = command("rate", power(gains.best))
             shown_points = [gains.points[gains.best], gains.above_best(3), gains.above_best(10),
                             gains.dip]
             points = [signed(each) for each in shown_points]

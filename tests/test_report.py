@@ -175,6 +175,12 @@ def test_a_cell_shows_its_mean_and_interval_and_how_many_seeds_are_missing(tmp_p
     assert tables.start(cell) == "35.0"
 
 
+@pytest.mark.parametrize(("number", "expected"), [
+    (0.001, "0.001"), (100, "100"), (1e-5, "10^{-5}"), (3e-5, "3\\cdot 10^{-5}")])
+def test_rates_are_written_as_mathematics(number, expected):
+    assert tables.power(number) == expected
+
+
 def test_a_cell_waits_for_the_search_of_its_rate(tmp_path):
     session = session_in(tmp_path)
     label = ("random", "Nc=1")
