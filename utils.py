@@ -82,10 +82,8 @@ ROOT = Path(__file__).resolve().parent
 ALGORITHMS: dict[str, type] = {}   # name -> subclass of FedAvg
 RULES: dict[str, "Rule"] = {}      # name -> how a mask rule scores weights
 NUM_CLASSES = {"cifar100": 100, "cifar10": 10, "synthetic": 100}
-WEIGHT_FILES = {
-    "mini": ROOT / "weights/mini.safetensors",
-    "vits16_tin": ROOT / "weights/vits16_tin.safetensors",
-}
+WEIGHT_FILES = {"mini": ROOT / "weights/mini.safetensors",
+                "vits16_tin": ROOT / "weights/vits16_tin.safetensors"}
 
 Name = Annotated[str, Field(pattern=r"^([\w+=-][\w.+=-]*)?$", max_length=200)]  # of a file
 Count = Annotated[int, Field(ge=1)]
@@ -199,12 +197,7 @@ _DEMO = _SMALL | dict(
     head_rounds=4,
     calibration_images=128,
 )
-PRESETS = {
-    "full": dict(),
-    "lite": dict(image_size=96),
-    "small": _SMALL,
-    "demo": _DEMO,
-}
+PRESETS = {"full": dict(), "lite": dict(image_size=96), "small": _SMALL, "demo": _DEMO}
 
 
 def preset(name: str, **changes) -> Config:
@@ -1527,10 +1520,8 @@ def centralized_epoch(run: Run, state: State) -> State:
         loss += local_step(run, optimizer, images, labels) / steps
 
     params = {n: w.clone() for n, w in run.weights().items()}
-    watched = {
-        "training loss": loss.item(),
-        "squared norm of the weights": squared_norm(params).item(),
-    }
+    watched = {"training loss": loss.item(),
+               "squared norm of the weights": squared_norm(params).item()}
     check_finite(cfg, loss.device, state.round + 1, lr, watched)
     momentum = {}
     if cfg.momentum:

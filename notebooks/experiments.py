@@ -1399,8 +1399,8 @@ def section_frames(name: str, session: Session, quiet: bool = False
                  for frame in (runs, history))
 
 
-EQUAL_GAIN = 0.25           # nats of a client's own loss at which damages are compared
-OTHER_GAINS = (0.175, 0.35)  # at which the order must be the same, or it hangs on the one above
+EQUAL_GAIN = 0.25   # nats of a client's own loss at which damages are compared
+OTHER_GAINS = (0.175, 0.35)   # does the order hang on the one above?
 
 
 def trade_offs(session: Session) -> pd.DataFrame:

@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import utils
+from notebooks import extension
 from utils import maskable, normalize, rng, sensitivity
 
 LABELS = torch.arange(32) * 7 % 100
@@ -220,6 +221,22 @@ def test_float64_is_only_used_where_it_can_be(monkeypatch, mlp):
         found = sensitivity(mlp, x, y)
         sums = utils.feature_sums(x, y, 10)
     assert {s.device.type for s in [*found.values(), sums.gram, sums.target]} == {"meta"}
+
+
+def test_diagnostics_use_float64_only_where_it_can_be(monkeypatch):
+    monkeypatch.setattr(extension, "precise_device", lambda tensor: torch.device("meta"))
+    with NoDoubles():
+        sums = extension.in_float64(torch.tensor([1, 2]))
+        means = extension.weighted_mean(extension.in_float64(torch.ones(2, 3)),
+                                        extension.in_float64(torch.ones(2, 3)))
+    assert {sums.device.type, means.device.type} == {"meta"}
+    # what calls it sums in float64 by it alone
+    monkeypatch.setattr(extension, "in_float64", lambda values: values.float())
+    owned = torch.eye(2, dtype=torch.bool)
+    with NoDoubles():
+        extension.damage_over_gain(torch.ones(2, 2), owned.int(), torch.ones(2))
+        extension.disentanglement_error(owned, owned[0], owned)
+        extension.localization_error(owned, owned[0], owned)
 
 
 def test_on_apples_gpus_float64_is_kept_on_the_cpu():

@@ -120,11 +120,12 @@ def test_a_killed_worker_is_told_and_its_run_gone_on_with(tmp_path, alone):
 
     def kill(cfg, history):
         if not killed:
-            killed.append(multiprocessing.active_children()[0])
-            killed[0].kill()
+            killed.extend(multiprocessing.active_children())
+            for process in killed:
+                process.kill()
     with pytest.warns(UserWarning, match="died"):
         left = train_all(GRID, session_of(tmp_path), watch=kill)
-    assert len(left) <= 1  # none, if the killed one had just handed its run in
+    assert 1 <= len(left) <= len(killed)
     assert train_all(GRID, session_of(tmp_path, workers=1)) == []
     assert stored(tmp_path) == stored(alone)
 
