@@ -1929,6 +1929,10 @@ def fit_head(kind: str, parts: list[tuple[Tensor, Tensor]], num_classes: int, l2
 
 
 # ------------------------------------------------------------------ plumbing: storage
+# What a checkpoint holds of a State beside its tensors.
+STATE_FIELDS = ("round", "history", "best_round", "seconds", "segments")
+
+
 @dataclass
 class Store:
     """Where runs live: root/<run>.json, <run>.npy, checkpoints/<run>/, cache/ and notes/.
@@ -2119,14 +2123,10 @@ class Store:
             tensors["mask:"] = pack_mask(run.mask)
             tensors |= {f"head:{n}": run.model.get_parameter(n).detach() for n in HEAD}
 
-        card = dict(
-            key=run_key(cfg),
-            backbone=run.provenance["backbone_sha256"],
-            names=list(state.params),
-        )
-        for name in ("round", "history", "best_round", "seconds", "segments"):
-            card[name] = getattr(state, name)
-        content = safetensors.torch.save({n: w.contiguous() for n, w in tensors.items()},
+        card = dict(key=run_key(cfg), backbone=run.provenance["backbone_sha256"])
+        card |= {name: getattr(state, name) for name in STATE_FIELDS}
+        # Cloned: a weight that no round has moved may be one tensor in two groups.
+        content = safetensors.torch.save({n: w.contiguous().clone() for n, w in tensors.items()},
                                          {"card": json.dumps(card, allow_nan=False)})
         folder = f"checkpoints/{run_name(cfg)}"
         digest = hashlib.sha256(content).hexdigest()
@@ -2206,8 +2206,7 @@ def read_card(name: str, content: bytes) -> dict:
     try:
         header = json.loads(content[8:8 + int.from_bytes(content[:8], "little")])
         card = json.loads(header["__metadata__"]["card"])
-        return {k: card[k] for k in ("key", "backbone", "names", "round", "history", "best_round",
-                                     "seconds", "segments")}
+        return {name: card[name] for name in ("key", "backbone", *STATE_FIELDS)}
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{name} is no checkpoint of a run: {error!r}") from error
 

@@ -197,6 +197,7 @@ class Scale:
     longer_rungs: tuple[int, ...]  # of its rates, factors of 3 from those of the shorter runs
     consensus: tuple[tuple[str, float], ...]  # how clients' scores combine, share of the clients
     client_images: int             # that a client scores in a round of it
+    recalibration_skews: tuple     # Nc of masks that change
     skews: tuple                   # Nc of consensus and methods
     # {field: {value: value}}: cells with the first take the rate that is searched with the second
     stand_ins: dict = field(default_factory=dict)
@@ -223,7 +224,7 @@ _SMALL = Scale(
     map_rules=(None, "least_sensitive", "most_sensitive", "random"),
     map_shardings=(None, 10, 1), map_rungs=(-3, -2, -1, 0, 1, 2, 3), more_rounds=4,
     longer_rules=(None, "least_sensitive", "random"), longer_rungs=(0, 1, 2, 3, -1, -2),
-    consensus=CONSENSUS[:4], client_images=128, skews=(10, 1))
+    consensus=CONSENSUS[:4], client_images=128, recalibration_skews=(10, 1), skews=(10, 1))
 
 # lite: a T4 for at most 10 hours. A search costs four runs, so rates are searched at a
 # quarter of the sweeps' length, at three shardings and one J; what is shown is as long as can be.
@@ -241,7 +242,7 @@ _LITE = replace(
 
 # full: at most 40 hours; an image costs 5.7 times that of lite, so the runs are shorter.
 _FULL = replace(_LITE, headline=384, sweep=192, lengths=(384, 768), more_rounds=3,
-                consensus=CONSENSUS[:4])
+                consensus=CONSENSUS[:4], recalibration_skews=(1,))
 
 # demo: every line of code in minutes; its accuracies say nothing.
 _DEMO = replace(
@@ -251,7 +252,8 @@ _DEMO = replace(
     nc=10, sparsities=(0.5, 0.9), calibration_rounds=(1, 4), sweep_shardings=(None, 10),
     rule_shardings=(None, 1), half_shardings=(10,), map_rules=(None, "least_sensitive"),
     map_shardings=(1,), map_rungs=(0, 1), more_rounds=2, longer_rules=(None, "least_sensitive"),
-    longer_rungs=(0, 1), skews=(5,), consensus=CONSENSUS[:4], client_images=12)
+    longer_rungs=(0, 1), consensus=CONSENSUS[:4], client_images=12, recalibration_skews=(5,),
+    skews=(5,))
 
 SCALES = {"full": _FULL, "lite": _LITE, "small": _SMALL, "demo": _DEMO}
 
@@ -549,6 +551,30 @@ def consensus(session: Session) -> Cells:
     return cells
 
 
+# Which tenth, and when it is chosen: the algorithm, in the names of notebooks/extension.py.
+RECALIBRATION = {
+    ("least_sensitive", "once"): "calibrated_once",
+    ("least_sensitive", "every quarter"): "recalibrated",
+    ("random", "once"): "drawn_once",
+    ("random", "every quarter"): "redrawn",
+}
+
+
+def recalibration(session: Session) -> Cells:
+    """A tenth that clients choose once, or anew while they train, at the rate of its rule.
+
+    A mask that changes trains more weights in all than one that does not: a random one shows what
+    that alone does.
+    """
+    cells = {}
+    for nc in session.scale.recalibration_skews:
+        for (rule, when), algorithm in RECALIBRATION.items():
+            cfg = with_steps(replace(session.base, classes_per_client=nc), session.scale.sweep)
+            rate = at_own_rate(replace(cfg, rule=rule), session).lr
+            cells[rule, when, nc_label(nc)] = replace(cfg, algorithm=algorithm, lr=rate)
+    return cells
+
+
 # What the server does: the label, and what it changes, in the names of notebooks/extension.py.
 METHODS = {
     "FedAvg": {},
@@ -648,6 +674,8 @@ SECTIONS = {
                               searched=False),
     "consensus": Section("05", consensus, ("combined by", "share of clients", "sharding"),
                          searched=False, keep=True),
+    "recalibration": Section("05", recalibration, ("rule", "calibrated", "sharding"),
+                             searched=False),
 }
 
 
@@ -1838,7 +1866,7 @@ def images_of(cfg: Config, test: bool) -> tuple[int, int]:
         trained += cfg.calibration_images * cfg.calibration_rounds
     if not cfg.centralized:
         clients = cohort_size(cfg.num_clients, cfg.participation)
-        trained += scored_images(cfg) * clients * cfg.length
+        trained += round(scored_images(cfg) * clients * cfg.length)
 
     per_class = utils.images_per_class(cfg.dataset)
     val = round(cfg.val_fraction * per_class) * utils.NUM_CLASSES[cfg.dataset]
@@ -1853,12 +1881,15 @@ def images_of(cfg: Config, test: bool) -> tuple[int, int]:
     return trained, evaluated
 
 
-def scored_images(cfg: Config) -> int:
-    """Images on which a client computes gradients in a round beside its local steps."""
+def scored_images(cfg: Config) -> float:
+    """Images on which a client computes gradients in a mean round, beside its local steps."""
     if "fisher" in cfg.algorithm:
         return extension.FisherMerge.images
     if "held_out" in cfg.algorithm:
         return 2 * cfg.batch_size
+    kind = ALGORITHMS[cfg.algorithm]
+    if issubclass(kind, extension.Recalibrated) and RULES[kind.rule].needs_fisher:
+        return kind.times * kind.rounds * kind.images / cfg.num_rounds
     return 0
 
 

@@ -3,6 +3,7 @@
     algorithms   FedProx, SCAFFOLD, FedAvgM, FedAdam, FedExP: the usual remedies for client drift
     merges       the server combines task vectors as task arithmetic does: sign election (TIES),
                  Fisher weighting, lengths per tensor set on held-out sums
+    masks        that the clients calibrate anew while they train
     diagnostics  pure functions of task vectors, losses, predictions and masks, and functions that
                  measure them at the weights of a run and keep them in the store
 
@@ -48,6 +49,7 @@ from utils import (
     run_key,
     run_name,
     scale,
+    select_lowest,
     sensitivity,
     shares_of,
     source_sha256,
@@ -55,6 +57,7 @@ from utils import (
     task_vector,
     train,
     train_cohort,
+    unflatten,
 )
 
 SOURCE = Path(__file__).read_text(encoding="utf-8")  # what is imported, whatever it becomes
@@ -389,6 +392,77 @@ class HeldOutLengthsMatched(HeldOutLengths):
     matched = True
 
 
+# ------------------------------------------------------------------ masks that change
+class Recalibrated(FedAvg):
+    """Trains a tenth of the weights, which the clients choose anew every quarter of the run.
+
+    A mask rule is calibrated once, at the start. Here every client of rounds 0, T/4, T/2 and 3T/4
+    cuts a mask at the server's weights, on images of its own, and sends it as a bitmap. The weights
+    with the most votes, ties drawn, are trained from the next round on; round 0 calibrates alone.
+    For runs without a mask rule, of which it leaves the head as it was fitted, as masks do.
+    """
+    rule = "least_sensitive"
+    sparsity = 0.9
+    rounds = 4    # of one calibration
+    images = 128  # of a client's shard that each of them scores
+    times = 4     # calibrations in a run
+
+    def is_due(self, state: State) -> bool:
+        return state.round % math.ceil(self.cfg.num_rounds / self.times) == 0
+
+    def local_gradient(self, gradients, weights, state, client):
+        mask = state.algorithm_state.get("mask", {})
+        for n, gradient in gradients.items():
+            # The optimizer adds its decay to this, which leaves zero up to rounding.
+            frozen = -self.cfg.weight_decay * weights[n]
+            if n in mask:
+                frozen = gradient.where(mask[n], frozen)
+            gradient.copy_(frozen)
+
+    def client_message(self, run, vector, state, client, lr):
+        if not self.is_due(state):
+            return {}
+        run.load(state.params)
+        draw = rng("scorers", self.cfg.seed, state.round, client)
+        index = draw.permutation(run.shards[client])[:self.images]
+        # one seed for all clients, so that they draw the same mask where a rule is chance alone
+        seed = rng("mask", self.cfg.seed, state.round).integers(2**31)
+        return calibrate_mask(run.model, run.data.images[index], rule=self.rule,
+                              sparsity=self.sparsity, rounds=self.rounds, seed=int(seed))
+
+    def server_step(self, state, update):
+        mask = state.algorithm_state.get("mask", {})
+        params = dict(state.params)
+        for n, trainable in mask.items():
+            moved = params[n] + update.vector[n]
+            params[n] = moved.where(trainable, params[n])
+        if update.messages:
+            mask = self.elect(list(update.messages.values()), state)
+        return params, {"mask": mask}
+
+    def elect(self, masks: list[Params], state: State) -> Params:
+        """The entries that most of the masks free, as many as each of them does."""
+        votes = sum(flatten(mask).float() for mask in masks)
+        number = int(flatten(masks[0]).sum())
+        ties = rng("mask", self.cfg.seed, state.round)
+        return unflatten(select_lowest(-votes, number, ties), masks[0])
+
+
+class CalibratedOnce(Recalibrated):
+    """The control of `Recalibrated`: the same calibration, at the start alone."""
+    times = 1
+
+
+class Redrawn(Recalibrated):
+    """The control of what new weights do: a random tenth, drawn anew every quarter of the run."""
+    rule = "random"
+
+
+class DrawnOnce(Redrawn):
+    """A random tenth, drawn at the start alone."""
+    times = 1
+
+
 register_algorithm("fedprox", FedProx)
 register_algorithm("scaffold", Scaffold)
 register_algorithm("fedavgm", FedAvgM)
@@ -402,6 +476,10 @@ register_algorithm("fisher", FisherMerge)
 register_algorithm("fisher_matched", FisherMergeMatched)
 register_algorithm("held_out", HeldOutLengths)
 register_algorithm("held_out_matched", HeldOutLengthsMatched)
+register_algorithm("recalibrated", Recalibrated)
+register_algorithm("calibrated_once", CalibratedOnce)
+register_algorithm("redrawn", Redrawn)
+register_algorithm("drawn_once", DrawnOnce)
 
 
 # ------------------------------------------------------------------ diagnostics: task vectors

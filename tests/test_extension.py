@@ -17,6 +17,7 @@ from utils import ALGORITHMS, Config, FedAvg, State, Store, register_algorithm
 BEYOND = ["fedprox", "scaffold", "fedavgm", "fedadam", "fedexp", "sign_election",
           "sign_election_matched", "ties", "ties_matched", "fisher", "fisher_matched", "held_out",
           "held_out_matched"]
+RECALIBRATED = ["recalibrated", "calibrated_once", "redrawn", "drawn_once"]
 ONE = {"w": torch.tensor([1.0])}
 
 
@@ -331,6 +332,67 @@ def test_matched_lengths_keep_the_norm_of_the_mean():
     assert params["b"].item() == pytest.approx(16 * 5 / norm)
 
 
+# ------------------------------------------------------------------ masks that change
+def test_the_server_frees_what_most_clients_free_from_the_next_round_on():
+    masks = [{"w": torch.tensor([True, True, False, False])},
+             {"w": torch.tensor([True, False, True, False])},
+             {"w": torch.tensor([False, False, True, True])}]
+    vectors = [{"w": torch.ones(4)}] * 3
+    params, memory = server("recalibrated", vectors, messages=masks)
+    assert params["w"].tolist() == [0, 0, 0, 0]  # nothing was free in the first round
+    assert memory["mask"]["w"].tolist() == [True, False, True, False]
+
+    state = State(params, round=1, algorithm_state=memory)
+    params, memory = server("recalibrated", vectors, state)
+    assert params["w"].tolist() == [1, 0, 1, 0]
+    assert memory["mask"]["w"].tolist() == [True, False, True, False]
+
+
+def test_a_frozen_weights_gradient_cancels_its_decay():
+    algorithm = extension.Recalibrated(replace(CFG, weight_decay=0.5))
+    state = State({}, algorithm_state={"mask": {"w": torch.tensor([True, False])}})
+    gradients = {"w": torch.tensor([3.0, 3.0]), "head": torch.tensor([3.0])}
+    weights = {"w": torch.tensor([4.0, 4.0]), "head": torch.tensor([8.0])}
+    algorithm.local_gradient(gradients, weights, state, 0)
+    assert gradients["w"].tolist() == [3, -2]
+    assert gradients["head"].tolist() == [-4]  # in no mask
+
+
+def masks_of(name: str, number: int) -> list[dict]:
+    """The masks after each of the rounds, and a check that only they let weights move."""
+    cfg = replace(CFG, algorithm=name, num_rounds=8, weight_decay=0.1, momentum=0.9)
+    run, state = small_run(cfg)
+    masks = []
+    for _ in range(number):
+        after = rounds(run, state, 1)
+        mask = state.algorithm_state.get("mask", {})
+        for n, w in state.params.items():
+            frozen = ~mask.get(n, torch.zeros_like(w, dtype=torch.bool))
+            assert torch.equal(after.params[n][frozen], w[frozen])
+        masks.append(after.algorithm_state["mask"])
+        state = after
+    return masks
+
+
+@pytest.mark.parametrize("name", RECALIBRATED)
+def test_a_tenth_is_free_and_changes_every_quarter_or_never(name):
+    masks = masks_of(name, 6)  # of 8 rounds: calibrations in rounds 0, 2 and 4
+    entries = sum(m.numel() for m in masks[0].values())
+    free = {sum(int(m.sum()) for m in mask.values()) for mask in masks}
+    assert free == {round(0.1 * entries)}
+    assert same(masks[0], masks[1])
+    assert same(masks[2], masks[3])
+    changed = not same(masks[1], masks[2])
+    assert changed == (name in ("recalibrated", "redrawn"))
+
+
+def test_clients_of_a_random_mask_agree_on_it():
+    cfg = replace(CFG, algorithm="redrawn")
+    run, state = small_run(cfg)
+    asked = [run.algorithm.client_message(run, state.params, state, k, 0.1) for k in (0, 7)]
+    assert same(*asked)
+
+
 # ------------------------------------------------------------------ all of them
 @pytest.mark.parametrize("name", BEYOND)
 def test_frozen_entries_keep_their_bits_and_free_ones_move(name):
@@ -345,7 +407,7 @@ def test_frozen_entries_keep_their_bits_and_free_ones_move(name):
     assert moved > 0.5 * run.num_trainable()
 
 
-@pytest.mark.parametrize("name", BEYOND)
+@pytest.mark.parametrize("name", BEYOND + RECALIBRATED)
 def test_a_round_leaves_its_input_alone(name):
     run, state = small_run(replace(CFG, algorithm=name))
     state = rounds(run, state, 1)
@@ -356,7 +418,8 @@ def test_a_round_leaves_its_input_alone(name):
 
 
 # one of each that keep something, that hold the cohort, or whose clients send something
-@pytest.mark.parametrize("name", ["scaffold", "fedavgm", "fedadam", "ties", "fisher", "held_out"])
+@pytest.mark.parametrize("name", ["scaffold", "fedavgm", "fedadam", "ties", "fisher", "held_out",
+                                  "recalibrated"])
 def test_an_interrupted_run_resumes_bitwise(name, tmp_path, monkeypatch):
     make_small(monkeypatch)
     cfg = replace(CFG, algorithm=name, server_lr=0.5)
@@ -372,7 +435,7 @@ def test_an_interrupted_run_resumes_bitwise(name, tmp_path, monkeypatch):
 
 def test_these_are_all_that_are_registered():
     ours = [name for name, kind in ALGORITHMS.items() if kind.__module__ == extension.__name__]
-    assert ours == BEYOND
+    assert ours == BEYOND + RECALIBRATED
 
 
 # ------------------------------------------------------------------ hooks

@@ -57,6 +57,22 @@ def test_a_finished_run_returns_at_once(store, monkeypatch, cfg):
     assert train(cfg, Store(store.root)) == result
 
 
+def test_weights_that_an_algorithm_leaves_as_they_are_can_be_stored(store, monkeypatch):
+    class Lazy(utils.FedAvg):
+        """Moves the head alone: of all else the last weights and the best are the same tensors."""
+        def server_step(self, state, update):
+            moved = utils.add(state.params, update.vector)
+            kept = {n: moved[n] if n in utils.HEAD else w for n, w in state.params.items()}
+            return kept, {"kept": kept}
+    monkeypatch.setitem(utils.ALGORITHMS, "lazy", Lazy)
+    cfg = replace(CFG, algorithm="lazy", head="lda", eval_every=1, schedule="constant")
+    assert federated(cfg, store)["status"] == "finished"
+    state = resumed(cfg, store)
+    start = open_run(cfg, Store(store.root / "other"))[1]
+    moved = {n for n, w in start.params.items() if not torch.equal(w, state.params[n])}
+    assert moved == set(utils.HEAD)
+
+
 def test_a_frozen_store_trains_nothing(store, monkeypatch):
     result = federated(CFG, store)
     forbid(monkeypatch, "open_run")

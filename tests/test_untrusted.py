@@ -128,9 +128,9 @@ def genuine(store, cfg):
     lambda w, card: w.pop("params:norm.bias"),
     lambda w, card: w.update({"params:norm.bias": torch.zeros(3)}),
     lambda w, card: w.update({"params:x": torch.zeros(3)}),
-    lambda w, card: card.pop("names"), lambda w, card: card.pop("round"),
+    lambda w, card: card.pop("backbone"), lambda w, card: card.pop("round"),
     lambda w, card: card.pop("key")],
-    ids=["lost", "shape", "foreign", "names", "round", "key"])
+    ids=["lost", "shape", "foreign", "backbone", "round", "key"])
 def test_a_checkpoint_that_verifies_but_does_not_fit_is_refused(store, change, rule):
     cfg = replace(CFG, rule=rule, head="ridge", sparsity=0.5)
     weights, card = genuine(store, cfg)
