@@ -189,6 +189,7 @@ class Scale:
     rule_shardings: tuple
     half_rules: tuple[str, ...]    # of masks that free half of the weights
     half_shardings: tuple
+    half_rounds: tuple[int, ...]   # of calibration, at the first two of these shardings
     map_rules: tuple               # of the map of accuracy against rate; None is dense
     map_shardings: tuple
     map_rungs: tuple[int, ...]     # of its rates, factors of 3 from each one's own
@@ -220,7 +221,7 @@ _SMALL = Scale(
     shardings=(None, 50, 10, 5, 1), local_steps=(4, 8, 16), nc=10,
     sparsities=(0.0, 0.5, 0.9, 0.99), calibration_rounds=(1, 4, 8),
     sweep_shardings=(None, 10, 1), rules=ALL_RULES, rule_shardings=(None, 10, 1),
-    half_rules=("least_sensitive", "random"), half_shardings=(None, 10, 1),
+    half_rules=("least_sensitive", "random"), half_shardings=(None, 10, 1), half_rounds=(1,),
     map_rules=(None, "least_sensitive", "most_sensitive", "random"),
     map_shardings=(None, 10, 1), map_rungs=(-3, -2, -1, 0, 1, 2, 3), more_rounds=4,
     longer_rules=(None, "least_sensitive", "random"), longer_rungs=(0, 1, 2, 3, -1, -2),
@@ -242,7 +243,8 @@ _LITE = replace(
 
 # full: at most 40 hours; an image costs 5.7 times that of lite, so the runs are shorter.
 _FULL = replace(_LITE, headline=384, sweep=192, lengths=(384, 768), more_rounds=3,
-                consensus=CONSENSUS[:4], recalibration_skews=(1,))
+                sparsities=(0.0, 0.5, 0.8, 0.9, 0.99), consensus=CONSENSUS[:4],
+                recalibration_skews=(10, 1))
 
 # demo: every line of code in minutes; its accuracies say nothing.
 _DEMO = replace(
@@ -450,6 +452,17 @@ def half(session: Session) -> Cells:
             cfg = replace(session.base, rule=rule, classes_per_client=nc, sparsity=0.5)
             cfg = at_own_rate(with_steps(cfg, session.scale.sweep), session)
             cells[f"half_{rule}", nc_label(nc)] = cfg
+    return cells
+
+
+def half_rounds(session: Session) -> Cells:
+    """The least sensitive half again, of masks of fewer calibration rounds, each at its own rate:
+    does what it gains hang on their number, as what a tenth loses does?"""
+    cells = {}
+    for nc in session.scale.half_shardings[:2]:
+        for rounds in session.scale.half_rounds:
+            cells[nc_label(nc), rounds] = _sparse(session, nc, sparsity=0.5,
+                                                  calibration_rounds=rounds)
     return cells
 
 
@@ -662,6 +675,7 @@ SECTIONS = {
     "calibration": Section("04", calibration, ("sharding", "calibration_rounds"), keep=True),
     "rules": Section("05", rules, ("rule", "sharding"), keep=True),
     "half": Section("05", half, ("rule", "sharding")),
+    "half_rounds": Section("05", half_rounds, ("sharding", "calibration_rounds")),
     "rate_map": Section("05", rate_map, ("rule", "sharding", "lr"), searched=False,
                         every_seed=False, test=False),
     "longer_rates": Section("05", longer_rates, ("rule", "lr"), searched=False, every_seed=False,
