@@ -9,6 +9,7 @@ import subprocess
 import symtable
 import sys
 import tokenize
+import tomllib
 
 import pytest
 
@@ -212,6 +213,14 @@ def test_the_measures_by_hand():
     text = '"""Doc."""\nimport os\n\n# why\nx = "#"  # one\nif (y := x):\n    pass\n'
     # code lines: x = "#"; if; pass. Nodes: Assign, Name, Constant; If, NamedExpr, 2 Names; Pass
     assert measures(text) == (8 / 3, 200 / 3, 1)
+
+
+def test_mutants_are_made_beside_all_that_their_tests_import():
+    settings = tomllib.loads(source("pyproject.toml"))["tool"]["mutmut"]
+    there = {*settings["source_paths"], *settings["also_copy"]}
+    for test in settings["pytest_add_cli_args_test_selection"]:
+        used = {name.partition(".")[0] for name in imported(source(test))} & {"utils", *FOLDERS}
+        assert used <= {name.removesuffix(".py") for name in there}, test
 
 
 def without_encoding(text: str) -> list[int]:
