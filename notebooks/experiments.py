@@ -189,7 +189,7 @@ class Scale:
     rule_shardings: tuple
     half_rules: tuple[str, ...]    # of masks that free half of the weights
     half_shardings: tuple
-    half_rounds: tuple[int, ...]   # of calibration, at the first two of these shardings
+    half_once_rules: tuple[str, ...]  # one calibration round, at the first two of these shardings
     map_rules: tuple               # of the map of accuracy against rate; None is dense
     map_shardings: tuple
     map_rungs: tuple[int, ...]     # of its rates, factors of 3 from each one's own
@@ -221,7 +221,8 @@ _SMALL = Scale(
     shardings=(None, 50, 10, 5, 1), local_steps=(4, 8, 16), nc=10,
     sparsities=(0.0, 0.5, 0.9, 0.99), calibration_rounds=(1, 4, 8),
     sweep_shardings=(None, 10, 1), rules=ALL_RULES, rule_shardings=(None, 10, 1),
-    half_rules=("least_sensitive", "random"), half_shardings=(None, 10, 1), half_rounds=(1,),
+    half_rules=("least_sensitive", "random"), half_shardings=(None, 10, 1),
+    half_once_rules=("least_sensitive", "shuffled"),
     map_rules=(None, "least_sensitive", "most_sensitive", "random"),
     map_shardings=(None, 10, 1), map_rungs=(-3, -2, -1, 0, 1, 2, 3), more_rounds=4,
     longer_rules=(None, "least_sensitive", "random"), longer_rungs=(0, 1, 2, 3, -1, -2),
@@ -238,7 +239,7 @@ _LITE = replace(
     map_rungs=(-2, -1, 0, 1, 2, 3), longer_rungs=(0, 1, 2, -1),
     stand_ins={
         "classes_per_client": {50: None, 5: 10}, "local_steps": {8: 4, 16: 4},
-        "calibration_rounds": {1: 4, 2: 4, 8: 4},
+        "calibration_rounds": {1: 4, 2: 4, 8: 4}, "rule": {"shuffled": "random"},
         "algorithm": {"fedexp": "fedavg", "fedprox": "fedavg", "scaffold": "fedavg"}})
 
 # full: at most 40 hours; an image costs 5.7 times that of lite, so the runs are shorter.
@@ -455,14 +456,19 @@ def half(session: Session) -> Cells:
     return cells
 
 
-def half_rounds(session: Session) -> Cells:
-    """The least sensitive half again, of masks of fewer calibration rounds, each at its own rate:
-    does what it gains hang on their number, as what a tenth loses does?"""
+def half_once(session: Session) -> Cells:
+    """Halves of masks of one calibration round, each at its own rate: does what the least sensitive
+    half gains hang on the number of rounds, and is it the weights or their layers ("shuffled")?
+
+    Only of one round are the layers of the two the same.
+    """
     cells = {}
     for nc in session.scale.half_shardings[:2]:
-        for rounds in session.scale.half_rounds:
-            cells[nc_label(nc), rounds] = _sparse(session, nc, sparsity=0.5,
-                                                  calibration_rounds=rounds)
+        for rule in session.scale.half_once_rules:
+            cfg = replace(session.base, rule=rule, classes_per_client=nc, sparsity=0.5,
+                          calibration_rounds=1)
+            cfg = at_own_rate(with_steps(cfg, session.scale.sweep), session)
+            cells[f"half_once_{rule}", nc_label(nc)] = cfg
     return cells
 
 
@@ -675,7 +681,7 @@ SECTIONS = {
     "calibration": Section("04", calibration, ("sharding", "calibration_rounds"), keep=True),
     "rules": Section("05", rules, ("rule", "sharding"), keep=True),
     "half": Section("05", half, ("rule", "sharding")),
-    "half_rounds": Section("05", half_rounds, ("sharding", "calibration_rounds")),
+    "half_once": Section("05", half_once, ("rule", "sharding")),
     "rate_map": Section("05", rate_map, ("rule", "sharding", "lr"), searched=False,
                         every_seed=False, test=False),
     "longer_rates": Section("05", longer_rates, ("rule", "lr"), searched=False, every_seed=False,

@@ -3,7 +3,8 @@
     algorithms   FedProx, SCAFFOLD, FedAvgM, FedAdam, FedExP: the usual remedies for client drift
     merges       the server combines task vectors as task arithmetic does: sign election (TIES),
                  Fisher weighting, lengths per tensor set on held-out sums
-    masks        that the clients calibrate anew while they train
+    masks        a control of the layers that sensitivity chooses, and masks that the clients
+                 calibrate anew while they train
     diagnostics  pure functions of task vectors, losses, predictions and masks, and functions that
                  measure them at the weights of a run and keep them in the store
 
@@ -45,6 +46,7 @@ from utils import (
     open_run,
     precise_device,
     register_algorithm,
+    register_rule,
     rng,
     run_key,
     run_name,
@@ -392,7 +394,25 @@ class HeldOutLengthsMatched(HeldOutLengths):
     matched = True
 
 
-# ------------------------------------------------------------------ masks that change
+# ------------------------------------------------------------------ masks
+def shuffled(weights: Params, fisher: Params, draw: np.random.Generator) -> Params:
+    """A mask rule: to each weight the sensitivity of another of its tensor, drawn.
+
+    The control of what a mask owes to its layers: with one calibration round it frees as many of a
+    tensor's weights as the least sensitive ones would be, but random ones. Queries, keys and
+    values, which share a tensor, count as three.
+    """
+    scores = {}
+    for n, part in fisher.items():
+        pieces = part.chunk(3) if ".qkv." in n else [part]
+        mixed = []
+        for piece in pieces:
+            order = torch.from_numpy(draw.permutation(piece.numel()))
+            mixed.append(piece.flatten()[order.to(piece.device)].view_as(piece))
+        scores[n] = torch.cat(mixed)
+    return scores
+
+
 class Recalibrated(FedAvg):
     """Trains a tenth of the weights, which the clients choose anew every quarter of the run.
 
@@ -480,6 +500,7 @@ register_algorithm("recalibrated", Recalibrated)
 register_algorithm("calibrated_once", CalibratedOnce)
 register_algorithm("redrawn", Redrawn)
 register_algorithm("drawn_once", DrawnOnce)
+register_rule("shuffled", shuffled, needs_fisher=True)
 
 
 # ------------------------------------------------------------------ diagnostics: task vectors

@@ -136,6 +136,7 @@ WORDS = {
     "dense": "all weights", "central": "one place", "fedavg": "FedAvg", "fedprox": "FedProx",
     "scaffold": "SCAFFOLD", "fedavgm": "FedAvgM", "fedadam": "FedAdam", "fedexp": "FedExP",
     "half_least_sensitive": "half, least sensitive", "half_random": "half, random",
+    "half_once_least_sensitive": "half, one round", "half_once_shuffled": "half, in its layers",
     "lda": "LDA", "masked": "a tenth", "sparse": "a tenth",
     "crop_flip": "crop and flip", "query_key": "query and key",
     "warmup_cosine": "warm-up, cosine", "centralized": "centralised"}

@@ -393,6 +393,32 @@ def test_clients_of_a_random_mask_agree_on_it():
     assert same(*asked)
 
 
+def test_shuffled_frees_as_many_of_each_layer_but_other_weights():
+    fisher = {"a.weight": torch.arange(40.0).view(4, 10),
+              "b.qkv.weight": torch.cat([torch.full((2, 10), 5.0), torch.arange(40.0).view(4, 10)])}
+    draw = utils.rng("mask", 0)
+    scores = extension.shuffled({}, fisher, draw)
+    for n, part in fisher.items():
+        pieces = 3 if ".qkv." in n else 1
+        for old, new in zip(part.chunk(pieces), scores[n].chunk(pieces), strict=True):
+            assert new.shape == old.shape
+            assert torch.equal(new.flatten().sort().values, old.flatten().sort().values)
+    # a constant part stays as it is, others are in another order
+    assert torch.equal(scores["b.qkv.weight"][:2], fisher["b.qkv.weight"][:2])
+    assert not torch.equal(scores["a.weight"], fisher["a.weight"])
+
+
+def test_a_shuffled_mask_has_the_layers_of_the_least_sensitive(monkeypatch):
+    make_small(monkeypatch)
+    counts = {}
+    for rule in ("least_sensitive", "shuffled"):
+        cfg = replace(CFG, rule=rule, sparsity=0.5, calibration_rounds=1, head="ridge")
+        mask = utils.open_run(cfg)[0].mask
+        counts[rule] = utils.trainable_per_layer(mask), utils.flatten(mask)
+    assert counts["least_sensitive"][0] == counts["shuffled"][0]
+    assert not torch.equal(counts["least_sensitive"][1], counts["shuffled"][1])
+
+
 # ------------------------------------------------------------------ all of them
 @pytest.mark.parametrize("name", BEYOND)
 def test_frozen_entries_keep_their_bits_and_free_ones_move(name):
