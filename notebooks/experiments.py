@@ -228,8 +228,9 @@ _SMALL = Scale(
     longer_rules=(None, "least_sensitive", "random"), longer_rungs=(0, 1, 2, 3, -1, -2),
     consensus=CONSENSUS[:4], client_images=128, recalibration_skews=(10, 1), skews=(10, 1))
 
-# lite: a T4 for at most 10 hours. A search costs four runs, so rates are searched at a
-# quarter of the sweeps' length, at three shardings and one J; what is shown is as long as can be.
+# lite: a T4 for at most 10 hours, with one seed. A search costs four runs, so rates are searched
+# at a quarter of the sweeps' length, at three shardings and one J; what is shown is as long as can
+# be.
 _LITE = replace(
     _SMALL, headline=512, sweep=256, protocol=64, search=64, baseline_epochs=8,
     epochs=(1, 2, 4, 8, 16), decays=(1e-4, 5e-4), batches=(64, 128),
@@ -242,7 +243,8 @@ _LITE = replace(
         "calibration_rounds": {1: 4, 2: 4, 8: 4}, "rule": {"shuffled": "random"},
         "algorithm": {"fedexp": "fedavg", "fedprox": "fedavg", "scaffold": "fedavg"}})
 
-# full: at most 40 hours; an image costs 5.7 times that of lite, so the runs are shorter.
+# full: at most 40 hours, with one seed; an image costs 5.7 times that of lite, so the runs are
+# shorter.
 _FULL = replace(_LITE, headline=384, sweep=192, lengths=(384, 768), more_rounds=3,
                 sparsities=(0.0, 0.5, 0.8, 0.9, 0.99), consensus=CONSENSUS[:4],
                 recalibration_skews=(10, 1))
@@ -1013,8 +1015,10 @@ def train_all(cfgs: Iterable[Config], session: Session, test: bool = True,
     if left:
         names = ", ".join(run_name(cfg) for cfg in left[:3])
         more = f" and {len(left) - 3} more" if len(left) > 3 else ""
-        print(f"Stopped: {len(left)} of {len(wanted)} runs are left ({names}{more}). Run this "
-              "again to go on from here.")
+        how = "Run this again to go on from here."
+        if time.monotonic() >= session.stop_at:
+            how = "The session's HOURS are over: run the parameters' cells again, then this one."
+        print(f"Stopped: {len(left)} of {len(wanted)} runs are left ({names}{more}). {how}")
     return left
 
 
@@ -1451,20 +1455,27 @@ EQUAL_GAIN = 0.25   # nats of a client's own loss at which damages are compared
 OTHER_GAINS = (0.175, 0.35)   # does the order hang on the one above?
 
 
+def trade_off_cells(session: Session) -> Cells:
+    """The masks whose trade-offs are measured, at the map's skewed shardings: those of `rules`,
+    `half` and `half_once`, and the least sensitive tenth of one calibration round."""
+    cells = rules(session) | half(session) | half_once(session)
+    for (where, rounds), cfg in calibration(session).items():
+        if rounds == 1:
+            cells["once_least_sensitive", where] = cfg
+    skewed = [nc for nc in session.scale.map_shardings if nc]
+    return {label: cfg for label, cfg in cells.items() if cfg.classes_per_client in skewed}
+
+
 def trade_offs(session: Session) -> pd.DataFrame:
     """What a client's first vector gains on its own classes and costs the others, by rate.
 
-    Of `rules` and `half` at the map's skewed shardings, at rates around each one's own: rule,
-    sharding, seed, lr; gain and damage, means in nats over a cohort. Measured where it is not
-    stored, unless the store is frozen; see `extension.trade_off`.
+    Of `trade_off_cells`, at rates around each one's own: rule, sharding, seed, lr; gain and damage,
+    means in nats over a cohort. Measured where it is not stored, unless the store is frozen; see
+    `extension.trade_off`.
     """
-    cells = rules(session) | half(session)
     images = 100 if session.preset == "demo" else 1000
-    skewed = [nc for nc in session.scale.map_shardings if nc]
     rows = []
-    for (rule, sharding), cfg in cells.items():
-        if cfg.classes_per_client not in skewed:
-            continue
+    for (rule, sharding), cfg in trade_off_cells(session).items():
         rates = [rate_of(rung_of(cfg.lr) + step) for step in sorted(session.scale.map_rungs)]
         for seed in session.seeds:
             at_seed = replace(cfg, seed=seed)
@@ -1838,6 +1849,7 @@ def holm(comparisons: list[Comparison]) -> list[Comparison]:
 # ------------------------------------------------------------------ budget
 RUNGS = 4          # of a search: three bracket a good guess, a fourth where it is one off
 T4_FLOPS = 8e12    # sustained in fp16: an eighth of the peak in NVIDIA's data sheet, until measured
+CPU_FLOPS = 5e10   # of a core, in float32: about what the small ViT reaches on servers of today
 
 
 def steps_of(cfg: Config) -> int:
@@ -1947,7 +1959,8 @@ def planned(name: str, session: Session) -> dict[str, tuple[Config, bool, bool]]
 
 
 def throughput(preset_name: str, store: Store) -> tuple[float, str]:
-    """(FLOP a second of a worker, where it is from): stored runs of this hardware, or a T4's."""
+    """(FLOP a second of a worker, where it is from): stored runs of this hardware, else a guess for
+    what the preset is made for, a T4 or a CPU."""
     base = preset(preset_name, dataset="cifar100")
     flop = 0.0
     seconds = 0.0
@@ -1963,6 +1976,8 @@ def throughput(preset_name: str, store: Store) -> tuple[float, str]:
             seconds += result["seconds"]
     if seconds > 0:
         return flop / seconds, f"measured on {hardware()}"
+    if preset_name in ("small", "demo") and device().type == "cpu":
+        return CPU_FLOPS, "estimated for a core of a CPU"
     return T4_FLOPS, "estimated for a T4"
 
 

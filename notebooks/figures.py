@@ -37,7 +37,6 @@ from matplotlib.ticker import LogFormatter
 import utils
 from notebooks import experiments, extension
 from notebooks.experiments import (
-    SECTIONS,
     Comparison,
     Session,
     budget_line,
@@ -81,7 +80,7 @@ def open_notebook(notebook: str, drive: Path | None = None, **parameters) -> Ses
     print(budget_line(notebook, session))
     print(experiments.rates_line(session))
 
-    names = [name for name, section in SECTIONS.items() if section.notebook == notebook]
+    names = [name for name, section in experiments.SECTIONS.items() if section.notebook == notebook]
     runs = [cfg for name in names for cfg in section_runs(name, session)]
     print(code_line(runs, session.store))
     place = f"Results are in {session.store.root}, figures in {session.figures}"
@@ -137,6 +136,7 @@ WORDS = {
     "scaffold": "SCAFFOLD", "fedavgm": "FedAvgM", "fedadam": "FedAdam", "fedexp": "FedExP",
     "half_least_sensitive": "half, least sensitive", "half_random": "half, random",
     "half_once_least_sensitive": "half, one round", "half_once_shuffled": "half, in its layers",
+    "once_least_sensitive": "least sensitive, one round",
     "lda": "LDA", "masked": "a tenth", "sparse": "a tenth",
     "crop_flip": "crop and flip", "query_key": "query and key",
     "warmup_cosine": "warm-up, cosine", "centralized": "centralised"}
@@ -238,7 +238,7 @@ def plan(session: Session, *names: str) -> pd.DataFrame:
     speed, source = experiments.throughput(session.preset, session.store)
     rows = []
     for name in names:
-        section = SECTIONS[name]
+        section = experiments.SECTIONS[name]
         runs = experiments._unlike(section_runs(name, session))
         done = [is_stored(cfg, session.store, section.test) for cfg in runs]
         flop = sum(flop_left(cfg, session.store, section.test) for cfg in runs)
@@ -271,7 +271,7 @@ def flop_left(cfg: Config, store: Store, test: bool) -> float:
 
 def searches_left(name: str, session: Session) -> tuple[int, float]:
     """(runs, FLOP) that the unfinished searches of a section usually still take."""
-    section = SECTIONS[name]
+    section = experiments.SECTIONS[name]
     if not (section.searched and session.scale.searches):
         return 0, 0.0
     like = [experiments.searched_like(cfg, session) for cfg in section.cells(session).values()]
@@ -554,7 +554,7 @@ def note_missing(session: Session, fig: Figure, *sections: str):
     results = [session.store.result(cfg) for cfg in wanted]
     missing = sum(result is None for result in results)
     diverged = sum(result is not None and result["status"] == "diverged" for result in results)
-    several = len(session.seeds) > 1 and any(SECTIONS[s].every_seed for s in sections)
+    several = len(session.seeds) > 1 and any(experiments.SECTIONS[s].every_seed for s in sections)
     note = "Bars: 95 % t interval over seeds." if several else "One seed."
     if diverged:
         note += f" {diverged} of {len(results)} runs diverged."
@@ -604,9 +604,9 @@ def draw_shards(session: Session, name: str, shardings: Iterable[dict]):
 # ------------------------------------------------------------------ figures: searches
 def rates_of(section: str, session: Session) -> pd.DataFrame:
     """A row a rate that was tried: the section's label columns, lr and val (%, last round)."""
-    columns = SECTIONS[section].columns
+    columns = experiments.SECTIONS[section].columns
     rows = []
-    for label, cfg in SECTIONS[section].cells(session).items():
+    for label, cfg in experiments.SECTIONS[section].cells(session).items():
         like = experiments.searched_like(cfg, session)
         scores = experiments.stored_rates(like, session.store)
         about = dict(zip(columns, label, strict=True))
@@ -854,7 +854,7 @@ def draw_drift(session: Session):
 # ------------------------------------------------------------------ figures: notebook 4
 def mask_overlaps(session: Session) -> pd.DataFrame:
     """Intersection over union of the masks of R calibration rounds, IID, seed 0; kept as a note."""
-    cells = SECTIONS["calibration"].cells(session)
+    cells = experiments.SECTIONS["calibration"].cells(session)
     first = experiments.nc_label(session.scale.sweep_shardings[0])
     cfgs = {r: cells[first, r] for r in session.scale.calibration_rounds}
     found = extension.overlaps(list(cfgs.values()), session.store)
@@ -864,7 +864,7 @@ def mask_overlaps(session: Session) -> pd.DataFrame:
 
 def draw_composition(session: Session):
     """The share of each kind of layer that the masks free, for those where it is at least 1 %."""
-    cells = SECTIONS["calibration"].cells(session)
+    cells = experiments.SECTIONS["calibration"].cells(session)
     rows = []
     for (_, rounds), cfg in cells.items():
         result = session.store.result(cfg)
@@ -1028,21 +1028,55 @@ def draw_gains(session: Session, runs: pd.DataFrame, x: str):
     return fig, axes
 
 
-def ranges_of(session: Session) -> pd.DataFrame:
-    """Of each rule and sharding: best gain (points), and the range of tried rates that gain."""
+@dataclass(frozen=True)
+class Range:
+    """The rates around a rule's best one at which it gains over the untrained start, one seed."""
+    gain: float       # points at the best rate
+    lowest: float     # NaN where no rate gains
+    highest: float
+    open_below: bool  # the lowest rate that was tried still gains
+    open_above: bool
+
+    def __str__(self) -> str:
+        below = "≤ " if self.open_below else ""
+        above = "≥ " if self.open_above else ""
+        return f"{below}{self.lowest:g} to {above}{self.highest:g}"
+
+
+def ranges_of(session: Session) -> dict[tuple, Range]:
+    """{(rule, sharding): Range} of the map, as far as it is stored."""
     runs, _ = section_frames("rate_map", session, quiet=True)
     runs = runs.assign(gain=runs.val - runs.start)
-    rows = {}
+    found = {}
     for key, part in runs.groupby(["rule", "sharding"], sort=False):
-        good = part[part.gain > 0].lr
-        row = dict(gain=part.gain.max(), lowest=good.min(), highest=good.max())
-        row["factor"] = good.max() / good.min() if len(good) else math.nan
-        rows[key] = row
-    columns = dict(gain="best gain (points)", lowest="lowest rate that gains",
-                   highest="highest rate that gains", factor="highest / lowest")
-    frame = pd.DataFrame.from_dict(rows, orient="index", columns=list(columns))
-    digits = dict(gain=2, lowest=5, highest=5, factor=0)
-    return frame.round(digits).rename(columns=columns)
+        gains = part.sort_values("lr").set_index("lr").gain
+        if gains.notna().any():
+            found[key] = range_around_best(gains)
+    return found
+
+
+def range_around_best(gains: pd.Series) -> Range:
+    """Of gains (points) by rate, rates ascending; NaN for a run that diverged."""
+    best = gains.idxmax()
+    if not gains[best] > 0:
+        return Range(gains[best], math.nan, math.nan, False, False)
+    harmful = gains.index[~(gains > 0)]
+    floor = harmful[harmful < best].max()      # NaN without any
+    ceiling = harmful[harmful > best].min()
+    inside = gains.index[~(gains.index <= floor) & ~(gains.index >= ceiling)]
+    return Range(gains[best], inside.min(), inside.max(), math.isnan(floor), math.isnan(ceiling))
+
+
+def range_table(session: Session) -> pd.DataFrame:
+    """Of each rule and sharding: the best gain on validation, and the rates that gain."""
+    rows = {}
+    for key, found in ranges_of(session).items():
+        rates = "none"
+        if found.gain > 0:
+            rates = str(found)
+        rows[key] = {"best gain on validation (points)": round(found.gain, 2),
+                     "rates around the best that gain": rates}
+    return pd.DataFrame.from_dict(rows, orient="index")
 
 
 def draw_speed_matched(session: Session):
@@ -1123,7 +1157,7 @@ def diagnoses(session: Session) -> pd.DataFrame:
     """
     rows = {}
     images = 100 if session.preset == "demo" else 500
-    for label, cfg in SECTIONS["rules"].cells(session).items():
+    for label, cfg in experiments.SECTIONS["rules"].cells(session).items():
         found = extension.diagnose(cfg, session.store, at="start", images=images)
         if not found:
             continue
@@ -1163,9 +1197,13 @@ def draw_interference(session: Session):
 
 
 def of_trade_offs(session: Session) -> list[str]:
-    """The rules in `experiments.trade_offs`, in the order of their colours."""
-    labels = [*SECTIONS["rules"].cells(session), *SECTIONS["half"].cells(session)]
-    return list(dict.fromkeys(rule for rule, _ in labels))
+    """The masks in `experiments.trade_offs`, in the order of their colours."""
+    return list(dict.fromkeys(rule for rule, _ in experiments.trade_off_cells(session)))
+
+
+def in_curves(rule: str) -> bool:
+    """Masks of one calibration round would crowd the curves: they stand among the costs alone."""
+    return "once_" not in rule
 
 
 def draw_trade_offs(ax, measured: pd.DataFrame, session: Session):
@@ -1173,7 +1211,7 @@ def draw_trade_offs(ax, measured: pd.DataFrame, session: Session):
     for i, rule in enumerate(of_trade_offs(session)):
         part = measured[measured.rule == rule]
         means = part.groupby("lr")[["gain", "damage"]].mean()
-        if len(means):
+        if len(means) and in_curves(rule):
             ax.plot(means.gain, means.damage, label=words(rule), **look(i))
     ends = [measured.gain.min(), measured.gain.max()]
     ax.plot(ends, ends, color="0.4", linestyle=":", linewidth=1, label="as much as is gained")
@@ -1182,15 +1220,20 @@ def draw_trade_offs(ax, measured: pd.DataFrame, session: Session):
 
 
 def draw_cost(ax, measured: pd.DataFrame, session: Session):
-    """Test accuracy of each rule at its own rate against its damage at equal gain, one sharding."""
+    """Test accuracy of each mask at its own rate against its damage at equal gain, one sharding."""
     costs = experiments.damages(measured).groupby("rule").damage.apply(list)
-    runs = pd.concat([section_frames(name, session, quiet=True)[0] for name in ("rules", "half")])
-    runs = runs[runs.sharding.isin(measured.sharding)]
+    where = set(measured.sharding)
+    cells = {label: cfg for label, cfg in experiments.trade_off_cells(session).items()
+             if label[1] in where}
     for i, rule in enumerate(of_trade_offs(session)):
-        tests = runs[runs.rule == rule].test.dropna()
+        cfgs = [replace(cfg, seed=seed) for label, cfg in cells.items() if label[0] == rule
+                for seed in session.seeds]
+        tests = gather(cfgs, session.store, quiet=True)[0].test.dropna()
         if rule in costs.index and len(tests):
             (x, dx), (y, dy) = t_interval(costs[rule]), t_interval(tests)
-            ax.errorbar(x, y, dy, dx, capsize=2, elinewidth=0.8, **look(i) | {"linestyle": "none"})
+            label = None if in_curves(rule) else words(rule)
+            ax.errorbar(x, y, dy, dx, capsize=2, elinewidth=0.8, label=label,
+                        **look(i) | {"linestyle": "none"})
     ax.set_xlabel(f"damage at {experiments.EQUAL_GAIN:g} nats of gain")
     ax.set_ylabel("test top-1 (%)")
 
@@ -1222,7 +1265,7 @@ def consensus_table(session: Session) -> pd.DataFrame:
     """
     runs, _ = section_frames("consensus", session)
     table = interval_table(runs, ["combined by", "share of clients"], "sharding")
-    cells = SECTIONS["consensus"].cells(session)
+    cells = experiments.SECTIONS["consensus"].cells(session)
     for nc in session.scale.skews:
         where = experiments.nc_label(nc)
         here = {label[:2]: cfg for label, cfg in cells.items() if label[2] == where}
@@ -1241,7 +1284,7 @@ def consensus_table(session: Session) -> pd.DataFrame:
 
 def noise_floor(session: Session) -> str:
     """A sentence on the overlap of two central masks from disjoint images."""
-    cfg = next(iter(SECTIONS["consensus"].cells(session).values()))
+    cfg = next(iter(experiments.SECTIONS["consensus"].cells(session).values()))
     found = extension.mask_noise_floor(cfg, session.store)
     if not found:
         return "The overlap of two central masks from disjoint images is not there yet."
@@ -1323,7 +1366,7 @@ def press_stop(cfg: Config, history: Iterable[dict]):
 # ------------------------------------------------------------------ answers
 def versus(session: Session, section: str, a: tuple, b: tuple) -> Comparison:
     """Test accuracy of one cell of a section less that of another, paired by seed."""
-    cells = SECTIONS[section].cells(session)
+    cells = experiments.SECTIONS[section].cells(session)
     if a not in cells or b not in cells:
         return experiments.NOTHING
     runs = [[replace(cells[label], seed=s) for s in session.seeds] for label in (a, b)]
@@ -1351,7 +1394,7 @@ def signed(points: float) -> str:
 
 def accuracy(session: Session, section: str, label: tuple, value: str = "test") -> str:
     """"33.1 ± 0.4 %" of a cell, or that it is not there yet."""
-    cells = SECTIONS[section].cells(session)
+    cells = experiments.SECTIONS[section].cells(session)
     cfgs = [replace(cells[label], seed=s) for s in session.seeds] if label in cells else []
     results = [r for r in map(session.store.result, cfgs) if r]
     mean, half = t_interval(experiments.frames(results)[0][value])
@@ -1372,16 +1415,12 @@ def clients(where: str) -> str:
 
 def range_in_words(session: Session, rule: str, where: str) -> str:
     """At which of the rates that were tried a rule gains over the untrained start."""
-    table = ranges_of(session)
-    if (rule, where) not in table.index:
+    found = ranges_of(session).get((rule, where))
+    if found is None:
         return "at rates not known yet"
-    gain, lowest, highest, _ = table.loc[rule, where]
-    if not gain > 0:
+    if not found.gain > 0:
         return "at none of the rates that were tried"
-    rates = f"rates from {lowest:g} to {highest:g}"
-    if lowest == highest:
-        rates = f"the rate {lowest:g} alone"
-    return f"at {rates}, by {gain:.1f} points at most"
+    return f"at rates from {str(found)}, by {found.gain:.1f} points at most"
 
 
 def damage_against(session: Session, rule: str, other: str, where: str) -> str:
@@ -1399,7 +1438,7 @@ def damage_against(session: Session, rule: str, other: str, where: str) -> str:
 def best_merge(session: Session, kind: str, where: str) -> tuple:
     """The label of the merge that is best on validation, FedAvg aside; () without any result."""
     scores = {}
-    for label, cfg in SECTIONS["merges"].cells(session).items():
+    for label, cfg in experiments.SECTIONS["merges"].cells(session).items():
         if label[0] != "FedAvg" and label[1:] == (kind, where):
             scores[label] = last_accuracy(session.store.result(cfg))
     if max(scores.values()) == -math.inf:
@@ -1409,12 +1448,17 @@ def best_merge(session: Session, kind: str, where: str) -> tuple:
 
 def answer(session: Session, notebook: str, *sentences: str) -> Markdown:
     """The sentences, then what they rest on and what is not there yet."""
-    names = [name for name, section in SECTIONS.items() if section.notebook == notebook]
+    names = [name for name, section in experiments.SECTIONS.items() if section.notebook == notebook]
     wanted = [cfg for n in names for cfg in experiments._unlike(section_runs(n, session))]
     missing = sum(session.store.result(cfg) is None for cfg in wanted)
     base = session.base
     rests = (f"Backbone {base.weights} at {base.image_size} px, data {base.dataset}, "
-             f"{len(session.seeds)} seed(s); ± and intervals are 95 % t intervals over seeds.")
+             f"{len(session.seeds)} seed(s). ")
+    if len(session.seeds) > 1:
+        rests += "± and intervals are 95 % t intervals over seeds."
+    else:
+        rests += ("Intervals (95 %) are of the test images alone: with another seed a difference "
+                  "may turn round.")
     if missing:
         rests += f" {missing} of {len(wanted)} runs are not there yet."
     if session.preset == "demo":

@@ -332,7 +332,9 @@ def test_training_stops_at_the_sessions_time_and_says_what_is_left(tmp_path, mon
     cfgs = [replace(CFG, seed=s) for s in range(3)]
     session = session_of(tmp_path, CFG, stop_at=time.monotonic() - 1)
     assert train_all(cfgs, session) == cfgs
-    assert "3 of 3 runs are left" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "3 of 3 runs are left" in said
+    assert "HOURS are over" in said  # the same cell alone would stop at once again
     assert train_all(cfgs, replace(session, stop_at=math.inf)) == []
 
 
@@ -657,6 +659,16 @@ def test_the_throughput_is_this_machines_where_runs_are_stored(tmp_path):
     assert "estimated" in budget("lite", store=store).loc["all", "throughput"]
 
 
+def test_without_stored_runs_the_speed_is_that_of_what_a_preset_is_made_for(tmp_path, monkeypatch):
+    store = Store(tmp_path)
+    speeds = {name: experiments.throughput(name, store) for name in SCALES}
+    assert {speeds[name][1] for name in ("full", "lite")} == {"estimated for a T4"}
+    assert {speeds[name][1] for name in ("small", "demo")} == {"estimated for a core of a CPU"}
+    assert speeds["small"][0] < speeds["lite"][0] / 50
+    monkeypatch.setattr(experiments, "device", lambda: torch.device("cuda"))
+    assert experiments.throughput("small", store)[1] == "estimated for a T4"
+
+
 def test_the_command_line_trains_and_counts(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("RESULTS_DIR", str(tmp_path))
     monkeypatch.setitem(SCALES, "small", replace(
@@ -696,7 +708,8 @@ def test_trade_offs_are_measured_around_each_rules_own_rate_and_compared_at_equa
     asked = []
 
     def measured(cfg, store, rates, images):
-        asked.append((cfg.rule, cfg.classes_per_client, cfg.sparsity, cfg.seed, tuple(rates)))
+        asked.append((cfg.rule, cfg.classes_per_client, cfg.sparsity, cfg.calibration_rounds,
+                      cfg.seed, tuple(rates)))
         worse = 2 if cfg.rule == "random" else 1
         # two clients; the fourth rate diverges
         gain = [[0.1, 0.3], [0.8, 1.2], [1.9, 2.1], [None, None]]
@@ -705,16 +718,19 @@ def test_trade_offs_are_measured_around_each_rules_own_rate_and_compared_at_equa
     monkeypatch.setattr(experiments.extension, "trade_off", measured)
     session = session_of(tmp_path, seeds=(0, 1))
     scale = replace(session.scale, rule_shardings=(None, 5, 1), rules=("random",),
-                    half_shardings=(1,), half_rules=("random",), map_shardings=(None, 1),
-                    map_rungs=(1, -1, 0, 2))
+                    half_shardings=(1,), half_rules=("random",), half_once_rules=("shuffled",),
+                    map_shardings=(None, 1), map_rungs=(1, -1, 0, 2))
     found = experiments.trade_offs(replace(session, scale=scale))
     own = experiments.rules(session)["random", "Nc=1"].lr
     rates = tuple(rate_of(rung_of(own) + step) for step in (-1, 0, 1, 2))
-    assert asked[2:4] == [("random", 1, 0.9, 0, rates), ("random", 1, 0.9, 1, rates)]
+    assert asked[2:4] == [("random", 1, 0.9, 4, 0, rates), ("random", 1, 0.9, 4, 1, rates)]
     # with IID clients there is nothing to ask, and the map has no five classes
-    told_apart = dict.fromkeys((rule, nc, sparsity) for rule, nc, sparsity, *_ in asked)
-    assert list(told_apart) == [(None, 1, 0.9), ("random", 1, 0.9), ("random", 1, 0.5)]
-    assert list(found.rule.unique()) == ["dense", "random", "half_random"]
+    told_apart = dict.fromkeys(asks[:4] for asks in asked)
+    assert list(told_apart) == [
+        (None, 1, 0.9, 4), ("random", 1, 0.9, 4), ("random", 1, 0.5, 4), ("shuffled", 1, 0.5, 1),
+        ("least_sensitive", 1, 0.9, 1)]
+    assert list(found.rule.unique()) == [
+        "dense", "random", "half_random", "half_once_shuffled", "once_least_sensitive"]
     random = found[(found.rule == "random") & (found.seed == 1)]
     assert list(random.lr) == list(rates)
     assert list(random.gain)[:3] == pytest.approx([0.2, 1.0, 2.0])

@@ -1,5 +1,6 @@
 """What notebooks are made of: figures, tables, plans, the growing picture, parts of sentences."""
 import io
+import math
 import re
 from dataclasses import replace
 
@@ -316,6 +317,37 @@ def test_an_answer_says_what_is_missing_and_that_the_demo_says_nothing(session):
     wanted = len(section_runs("grid", session))
     assert f"{wanted} of {wanted} runs are not there yet" in text
     assert "its accuracies say nothing" in text
+
+
+def test_intervals_of_one_seed_are_said_to_be_of_the_images(session):
+    one = figures.answer(replace(session, seeds=(0,)), "03", "One.").data
+    assert "of the test images alone" in one
+    three = figures.answer(replace(session, seeds=(0, 1, 2)), "03", "One.").data
+    assert "over seeds" in three
+    assert "test images alone" not in three
+
+
+@pytest.mark.parametrize(("gains", "said"), [
+    # a gap: rates beyond one that does harm do not count
+    ({0.01: 0.5, 0.1: -1.0, 1.0: 0.2, 3.0: 2.0, 10.0: math.nan, 30.0: 1.0}, "1 to 3"),
+    ({0.1: 1.0, 1.0: 2.0, 3.0: 0.0}, "≤ 0.1 to 1"),
+    ({0.1: 0.0, 1.0: 2.0, 3.0: 1.0}, "1 to ≥ 3"),
+    ({0.1: 1.0, 1.0: 2.0}, "≤ 0.1 to ≥ 1")])
+def test_a_range_ends_where_harm_begins_or_says_that_it_may_go_on(gains, said):
+    assert str(figures.range_around_best(pd.Series(gains))) == said
+
+
+def test_a_rule_that_never_gains_has_no_range():
+    found = figures.range_around_best(pd.Series({0.1: -0.5, 1.0: math.nan}))
+    assert found.gain == -0.5
+    assert math.isnan(found.lowest)
+
+
+def test_a_section_that_is_added_in_a_live_kernel_can_be_planned(session, monkeypatch):
+    """Reloading gives the module a new table: nobody may keep the old one."""
+    mine = dict(SECTIONS) | {"mine": SECTIONS["grid"]}
+    monkeypatch.setattr(experiments, "SECTIONS", mine)
+    assert list(figures.plan(session, "mine").index) == ["mine"]
 
 
 def test_an_edited_utils_is_said_before_the_next_cell(monkeypatch, capsys):
