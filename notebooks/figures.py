@@ -387,7 +387,7 @@ def picture_of(cfg: Config, history: list[dict]) -> str:
     rounds = [row["round"] for row in evaluated]
     accuracies = [100 * row["val_top1"] for row in evaluated]
     right.plot(rounds, accuracies, **look(1))
-    left.set(ylabel="cross-entropy (nats)")
+    left.set(ylabel="loss (nats)")
     right.set(ylabel="validation top-1 (%)")
     for ax in (left, right):
         ax.set(xlabel=unit, xlim=(0, 1.02 * cfg.length))
@@ -664,13 +664,13 @@ def draw_centralized_curves(session: Session):
         return
     history = found[1]
     names = dict(train="training", val="validation", test="test, which chooses nothing")
-    fig, (left, right) = figure(PAGE, 2.0, ncols=2)
+    fig, (left, right) = figure(PAGE, 1.8, ncols=2)
     for i, part in enumerate(names):
         label = names[part]
         draw_line(left, history, "round", f"{part}_loss", i, label)
         if part != "train":
             draw_line(right, history, "round", f"{part}_top1", i, label)
-    left.set(xlabel="epoch", ylabel="cross-entropy (nats)")
+    left.set(xlabel="epoch", ylabel="loss (nats)")
     right.set(xlabel="epoch", ylabel="top-1 accuracy (%)")
     for ax in (left, right):
         whole_numbers(ax)
@@ -728,7 +728,7 @@ def draw_fedavg_curves(session: Session):
     if found is None:
         return
     history = found[1]
-    fig, (left, right) = figure(PAGE, 2.1, ncols=2)
+    fig, (left, right) = figure(PAGE, 1.85, ncols=2)
     for i, length in enumerate(history.rounds.unique()):
         part = history[history.rounds == length]
         draw_line(left, part, "round", "val_loss", i, f"T = {length}")
@@ -738,7 +738,7 @@ def draw_fedavg_curves(session: Session):
     ceiling = centralized_accuracy(session)
     if not math.isnan(ceiling):
         right.axhline(ceiling, color="0.2", linestyle="--", linewidth=1, label="centralised")
-    left.set(xlabel="round", ylabel="validation cross-entropy (nats)")
+    left.set(xlabel="round", ylabel="validation loss (nats)")
     right.set(xlabel="round", ylabel="validation top-1 (%)")
     widen(right)
     for ax in (left, right):
@@ -838,11 +838,11 @@ def draw_drift(session: Session):
     drift = drift.assign(steps=j_labels(drift.local_steps))
     shardings = nc_labels(session.scale.shardings)
     series = j_labels(session.scale.local_steps)
-    fig, (left, right) = figure(PAGE, 2.0, ncols=2)
+    fig, (left, right) = figure(PAGE, 1.8, ncols=2)
     draw_points(left, drift, "sharding", "cosine", "steps", shardings, series)
     draw_points(right, drift, "sharding", "speed", "steps", shardings, series)
     left.set_ylabel("mean cosine of two clients")
-    right.set(ylabel="norm of a task vector / η", yscale="log")
+    right.set(ylabel="vector norm / η", yscale="log")
     right.yaxis.set_major_formatter("{x:g}")
     right.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
     legend_above(fig, 3)
