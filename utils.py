@@ -248,7 +248,6 @@ def _unread_fields(cfg: Config) -> set[str]:
         unread |= _FEDERATED_FIELDS
     else:
         unread |= {"num_epochs"}
-        unread -= set(ALGORITHMS[cfg.algorithm].reads)
 
     if cfg.rule is None:
         unread |= _MASK_FIELDS
@@ -256,6 +255,8 @@ def _unread_fields(cfg: Config) -> set[str]:
         unread |= _MASK_FIELDS - {"sparsity"}
     elif cfg.calibration == "central":
         unread |= {"calibration_clients"}
+    if not cfg.centralized:
+        unread -= set(ALGORITHMS[cfg.algorithm].reads)
     return unread
 
 
@@ -337,7 +338,8 @@ def source_sha256(thing: Callable) -> str:
     """SHA-256 (hex) of the source of a function, or of a class's own methods and constants.
 
     Comments, docstrings and layout do not count. What the source calls elsewhere does not either:
-    an idea's constants belong inside it. Raises ValueError where no source can be found.
+    an idea's constants belong inside it, or in what a function around it defines. Raises ValueError
+    where no source can be found and for constants that may change.
     """
     if not inspect.isclass(thing):
         return hashlib.sha256(_plain_source(thing).encode()).hexdigest()
@@ -354,17 +356,33 @@ def source_sha256(thing: Callable) -> str:
             if inspect.isfunction(member):
                 parts.append(_plain_source(member))
             elif not name.startswith("__"):
-                parts.append(f"{name} = {member!r}")
+                parts.append(_constant(name, member))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 @cache  # by function: what runs is what was read first, before any edit
 def _plain_source(function: Callable) -> str:
     try:
-        return _plain(textwrap.dedent(inspect.getsource(function)))
+        source = _plain(textwrap.dedent(inspect.getsource(function)))
     except (OSError, TypeError, SyntaxError) as error:
         raise ValueError(f"the source of {function!r} cannot be found ({error}): define it by "
                          "`def` in a cell or a file, on lines of its own") from error
+    around = inspect.getclosurevars(function).nonlocals
+    constants = [_constant(n, v) for n, v in sorted(around.items()) if n != "__class__"]
+    return "\n".join([source, *constants])
+
+
+def _constant(name: str, value) -> str:
+    """A constant as source; ValueError for what may change or has no words of its own."""
+    def is_constant(part):
+        if isinstance(part, tuple):
+            return all(map(is_constant, part))
+        return part is None or isinstance(part, int | float | str | type)
+    if not is_constant(value):
+        raise ValueError(f"{name} is a {type(value).__name__}, which may change or cannot be told "
+                         "from another: constants are numbers, strings, classes or tuples of "
+                         "these; what changes between rounds belongs into the algorithm's state")
+    return f"{name} = {value!r}"
 
 
 class _StringsAsCalls(ast.NodeTransformer):
@@ -394,6 +412,13 @@ SOURCE = Path(__file__).read_text(encoding="utf-8")
 CODE_SHA256 = hashlib.sha256(_plain(SOURCE).encode()).hexdigest()
 
 
+def check_name(name: str):
+    """ValueError for a name that cannot be part of a file's name."""
+    if not re.fullmatch(r"[\w+=-][\w.+=-]*", name):
+        raise ValueError(f"the name {name!r} becomes part of file names: it must be of letters, "
+                         "digits and _ . + = - alone")
+
+
 @dataclass(frozen=True)
 class Rule:
     """A mask rule: `score(weights, fisher, draw)` gives a score for every weight, by name.
@@ -408,8 +433,10 @@ class Rule:
 def register_rule(name: str, score: Callable, needs_fisher: bool = False):
     """Makes `Config(rule=name)` train the weights that `score` gives the lowest scores; see `Rule`.
 
-    Raises ValueError for a built-in name and where the source of `score` cannot be found.
+    Raises ValueError for a built-in name, one that no file can have, and where the source of
+    `score` cannot be found.
     """
+    check_name(name)
     if name in RULES and RULES[name].score.__module__ == __name__:
         raise ValueError(f"rule {name!r} is built in: choose another name")
     if score.__module__ != __name__:
@@ -419,7 +446,7 @@ def register_rule(name: str, score: Callable, needs_fisher: bool = False):
 
 # ------------------------------------------------------------------ randomness
 STREAMS = ("split", "shards", "cohort", "client", "epoch", "mask", "labels", "init", "synthetic",
-           "scorers")
+           "scorers", "hooks")
 
 
 def rng(stream: str, *key: int) -> np.random.Generator:
@@ -428,6 +455,15 @@ def rng(stream: str, *key: int) -> np.random.Generator:
         raise ValueError(f"{stream=} is not in {STREAMS}, or its {key=} is negative")
     # The stream's number leads because numpy drops trailing zeros: (7, 3) and (7, 3, 0) draw alike.
     return np.random.default_rng((STREAMS.index(stream), *key))
+
+
+@contextmanager
+def torch_seeded(stream: str, *key: int):
+    """Torch's own generators, which a hook may draw noise from, begin here with (stream, key)."""
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices=gpus):
+        torch.manual_seed(int(rng(stream, *key).integers(2**63)))
+        yield
 
 
 # ------------------------------------------------------------------ data and shards
@@ -715,9 +751,11 @@ class SparseSGDM(torch.optim.SGD):
                 if p.grad is not None:
                     decay_and_mask_(p.grad, p, self.mask[p], decay)
             group["weight_decay"] = 0.0  # or torch would decay again, frozen weights too
-        super().step()
-        for group, decay in zip(self.param_groups, decays, strict=True):
-            group["weight_decay"] = decay
+        try:
+            super().step()
+        finally:
+            for group, decay in zip(self.param_groups, decays, strict=True):
+                group["weight_decay"] = decay
         return loss
 
     @torch.no_grad()
@@ -1010,23 +1048,25 @@ def _combined_scores(rule: str, weights: Params, fishers: Iterable[tuple[int, Pa
 
 
 def _checked_scores(rule: str, weights: Params, fisher: Params | None, draw) -> Tensor:
-    scores = RULES[rule].score(weights, fisher, draw)
+    # Copies, for a rule may work in place, and these are the model's own.
+    scores = RULES[rule].score({n: w.clone() for n, w in weights.items()}, fisher, draw)
     check_layout(f"rule {rule!r}: its scores", scores, weights)
-    # A rule may count or rank: whole numbers have no infinity for what is frozen.
-    return flatten({n: scores[n].to(w.device).double() for n, w in weights.items()})
+    # A rule may count or rank: whole numbers have no infinity, which is for what is frozen alone.
+    flat = flatten({n: scores[n].to(w.device).double() for n, w in weights.items()})
+    return flat.clamp(max=torch.finfo(flat.dtype).max)
 
 
 def check_layout(what: str, found: Params, like: Params):
     """ValueError unless `found` is a dict with the names and shapes of `like`."""
     if not isinstance(found, dict):
         raise ValueError(f"{what} must be a dict by weight, not {type(found).__name__}")
-    shapes = {n: getattr(w, "shape", None) for n, w in found.items()}
+    shapes = {n: w.shape for n, w in found.items() if isinstance(w, Tensor)}
     wanted = {n: w.shape for n, w in like.items()}
-    wrong = sorted(n for n in shapes.keys() | wanted.keys() if shapes.get(n) != wanted.get(n))
+    wrong = sorted(n for n in found.keys() | wanted.keys() if shapes.get(n) != wanted.get(n))
     if wrong:
         examples = {n: (shapes.get(n), wanted.get(n)) for n in wrong[:3]}
-        raise ValueError(f"{what} must have the names and shapes of the weights. (found, wanted) "
-                         f"differ for {len(wrong)} of them: {examples}")
+        raise ValueError(f"{what} must be tensors with the names and shapes of the weights. "
+                         f"(found, wanted) differ for {len(wrong)} of them: {examples}")
 
 
 def check_tensors(what: str, found: Params):
@@ -1149,7 +1189,7 @@ def local_step(run: Run, optimizer: SparseSGDM, images: Tensor, labels: Tensor,
                adjust: Callable[[Params], None] | None = None) -> Tensor:
     """One SGDM step on a batch; its mean loss, left on the device.
 
-    `adjust` may change the gradients, by name and in place, before the mask is applied. The batch
+    `adjust` may change the gradients in their dict, by name, before the mask is applied. The batch
     is computed in parts of `micro_batch` images, whose gradients are summed.
     """
     cfg = run.cfg
@@ -1247,26 +1287,48 @@ class CohortUpdate:
     squared_norms: Tensor          # (clients,), of the task vectors
 
 
+class ConfigOfAlgorithm:
+    """A configuration as an algorithm sees it: ValueError for fields that it must declare.
+
+    Runs that differ in a field that nobody is known to read count as one, and at a constant rate a
+    longer run goes on from a shorter one: an algorithm that read it would be given another's.
+    """
+    def __init__(self, cfg: Config, reads: tuple[str, ...]):
+        self._cfg = cfg
+        self._undeclared = (_unread_fields(cfg) | {"num_rounds", "length"}) - set(reads)
+
+    def __getattr__(self, name: str):
+        if name in self._undeclared:
+            raise ValueError(f"algorithm {self._cfg.algorithm!r} asks for {name} and does not say "
+                             f"so: declare it in the class by reads = ({name!r},)")
+        return getattr(self._cfg, name)
+
+
 class FedAvg:
     """Federated averaging (McMahan et al. 2017), and the hooks that another algorithm overrides.
 
     A subclass changes one or more of the four methods; `register_algorithm` gives it a name. Each
-    is checked: a result of other names or shapes than the weights' is a ValueError that names it.
+    is checked: a result of other names or shapes than the weights' is a ValueError that names it,
+    and so is a state that is changed in place. Torch's generators are seeded for every call.
     """
-    reads: tuple[str, ...] = ()  # which of prox_mu, server_lr, server_momentum it uses
+    # which of prox_mu, server_lr, server_momentum, num_rounds and the mask's fields it uses
+    reads: tuple[str, ...] = ()
 
     def __init__(self, cfg: Config):
-        self.cfg = cfg
+        self.cfg = ConfigOfAlgorithm(cfg, self.reads)
 
     def local_gradient(self, gradients: Params, weights: Params, state: State, client: int):
-        """Changes the gradients of one local step in place; `state.params` are the server's."""
+        """Changes the gradients of one local step, in their dict; `state.params` are the server's.
+
+        Returns nothing.
+        """
 
     def client_message(self, run: Run, vector: Params, state: State, client: int,
                        lr: float) -> Params:
         """What the client sends beside its task vector: any tensors by name, nothing here.
 
-        `run.model` holds the client's weights and may be changed; the indices of its own images
-        (of `run.data`) are `run.shards[client]`.
+        `run.model` holds the client's weights, and those that are trained may be changed; the
+        indices of its own images (of `run.data`) are `run.shards[client]`.
         """
         return {}
 
@@ -1295,14 +1357,16 @@ def register_algorithm(name: str, algorithm: type):
     Registering a name again replaces it: its source is part of a run's key, so that nothing stored
     is mistaken. Raises ValueError for a built-in name, TypeError for anything but a subclass.
     """
+    check_name(name)
     if name in ("centralized", "fedavg"):
         raise ValueError(f"algorithm {name!r} is built in: choose another name")
     if not (inspect.isclass(algorithm) and issubclass(algorithm, FedAvg)):
         raise TypeError(f"algorithm {name!r} must be a subclass of FedAvg, not {algorithm!r}")
-    wrong = set(algorithm.reads) - _ALGORITHM_FIELDS
+    offered = _ALGORITHM_FIELDS | _MASK_FIELDS | {"num_rounds"}
+    wrong = set(algorithm.reads) - offered
     if wrong:
         raise ValueError(f"algorithm {name!r} reads {sorted(wrong)}, which are not among "
-                         f"{sorted(_ALGORITHM_FIELDS)}: make them constants of the class")
+                         f"{sorted(offered)}: make them constants of the class")
     source_sha256(algorithm)  # fails here rather than in the middle of a grid
     ALGORITHMS[name] = algorithm
 
@@ -1317,7 +1381,10 @@ def client_update(run: Run, state: State, client: int, lr: float) -> ClientUpdat
     adjust = None
     if type(run.algorithm).local_gradient is not FedAvg.local_gradient:
         def adjust(gradients):
-            run.algorithm.local_gradient(gradients, weights, state, client)
+            answer = run.algorithm.local_gradient(gradients, weights, state, client)
+            if answer is not None:
+                raise ValueError(f"algorithm {cfg.algorithm!r}: local_gradient() changes what it "
+                                 "is given and returns nothing")
 
     # The shard is reshuffled whenever it is used up.
     draw = rng("client", cfg.seed, state.round, client)
@@ -1327,13 +1394,15 @@ def client_update(run: Run, state: State, client: int, lr: float) -> ClientUpdat
         order = np.concatenate([order, draw.permutation(run.shards[client])])
 
     loss = torch.zeros((), device=run.data.images.device)
-    for images, labels in batches(run, order[:need], draw):
-        loss += local_step(run, optimizer, images, labels, adjust)
-    loss /= max(1, cfg.local_steps)
-
-    vector = task_vector(weights, state.params)
-    message = run.algorithm.client_message(run, vector, state, client, lr)
+    with torch_seeded("hooks", cfg.seed, state.round, client):
+        for images, labels in batches(run, order[:need], draw):
+            loss += local_step(run, optimizer, images, labels, adjust)
+        loss /= max(1, cfg.local_steps)
+        vector = task_vector(weights, state.params)
+        message = run.algorithm.client_message(run, vector, state, client, lr)
     check_tensors(f"algorithm {cfg.algorithm!r}: what client_message() returns", message)
+    # Copies, for the next client trains in the same memory.
+    message = {n: w.detach().clone() for n, w in message.items()}
     return ClientUpdate(client, loss, vector, message)
 
 
@@ -1360,8 +1429,9 @@ def accumulate_update(run: Run, state: State, answers: Iterable[ClientUpdate],
             parts = [answer.vector[n] for n in total]
             torch._foreach_add_(list(total.values()), parts, alpha=share)
 
-    if holds_cohort:
-        total = algorithm.combine(vectors, shares, messages)
+    if holds_cohort and clients:
+        with torch_seeded("hooks", run.cfg.seed, state.round, run.cfg.num_clients):
+            total = algorithm.combine(vectors, shares, messages)
         check_layout(f"algorithm {run.cfg.algorithm!r}: what combine() returns", total,
                      state.params)
     nothing = torch.zeros(0)
@@ -1392,7 +1462,10 @@ def federated_round(run: Run, state: State, train_cohort=train_cohort) -> State:
     cfg = run.cfg
     lr = learning_rate(cfg, state.round / cfg.num_rounds)
     drawn = cohort(cfg.num_clients, cfg.participation, "cohort", cfg.seed, state.round).tolist()
+    before = fingerprint(run, state)
     update = train_cohort(run, state, drawn, lr)
+    if not update.clients:
+        raise RuntimeError(f"none of the clients of round {state.round + 1} answered: {drawn}")
 
     # The round's only wait for the device.
     norms = torch.stack([update.squared_norms.mean(), squared_norm(update.vector)]).sqrt()
@@ -1403,7 +1476,12 @@ def federated_round(run: Run, state: State, train_cohort=train_cohort) -> State:
     where = update.losses.device
     check_finite(cfg, where, state.round + 1, lr, watched)
 
-    answer = run.algorithm.server_step(state, update)
+    with torch_seeded("hooks", cfg.seed, state.round, cfg.num_clients + 1):
+        answer = run.algorithm.server_step(state, update)
+    if fingerprint(run, state) != before:
+        raise ValueError(f"algorithm {cfg.algorithm!r} changes weights, its state or itself in "
+                         "place: an interrupted round could not be repeated. Return new tensors, "
+                         "and what is kept between rounds as the state of server_step()")
     what = f"algorithm {cfg.algorithm!r}: what server_step() returns"
     if not isinstance(answer, tuple) or len(answer) != 2 or not isinstance(answer[1], dict):
         raise ValueError(f"{what} must be a pair: weights, and a dict of groups of named tensors")
@@ -1411,6 +1489,7 @@ def federated_round(run: Run, state: State, train_cohort=train_cohort) -> State:
     check_layout(what, params, state.params)
     for group, tensors in algorithm_state.items():
         check_tensors(f"{what} as the algorithm's state {group!r}", tensors)
+    params = {n: params[n].to(w) for n, w in state.params.items()}
     if run.mask is not None:
         # Frozen means frozen whatever a hook does.
         params = {n: torch.where(run.mask[n], params[n], w) for n, w in state.params.items()}
@@ -1437,6 +1516,15 @@ def federated_round(run: Run, state: State, train_cohort=train_cohort) -> State:
         round=row["round"],
         history=(*state.history, row),
     )
+
+
+def fingerprint(run: Run, state: State) -> list:
+    """What hooks must leave alone: the names and versions of the tensors of a state, and what the
+    algorithm keeps on itself. Torch counts the changes of each tensor."""
+    groups = {"": state.params} | {str(g): t for g, t in state.algorithm_state.items()}
+    tensors = [(g, n, id(w), w._version) for g, group in groups.items() for n, w in group.items()]
+    kept = [(name, id(value)) for name, value in vars(run.algorithm).items()]
+    return [tensors, kept]
 
 
 # ------------------------------------------------------------------ the resumable loop
@@ -2114,16 +2202,18 @@ class Store:
             groups["best"] = state.best
         tensors = {f"{group}:{n}": w[run.mask[n]] if run.mask else w
                    for group, params in groups.items() for n, w in params.items()}
+        layout = []  # groups of the algorithm's state and their names, whose order has a meaning
         if not done or cfg.schedule == "constant":  # which may go on after its end
-            tensors |= {f"state/{group}:{n}": w for group, params in state.algorithm_state.items()
-                        for n, w in params.items()}
+            layout = [[group, list(params)] for group, params in state.algorithm_state.items()]
+            tensors |= {f"state/{i}:{n}": state.algorithm_state[group][n]
+                        for i, (group, names) in enumerate(layout) for n in names}
         if run.mask:
             # With the mask's bits inside, a lost cache or a calibration that comes out otherwise on
             # another machine cannot put weights into wrong places.
             tensors["mask:"] = pack_mask(run.mask)
             tensors |= {f"head:{n}": run.model.get_parameter(n).detach() for n in HEAD}
 
-        card = dict(key=run_key(cfg), backbone=run.provenance["backbone_sha256"])
+        card = dict(key=run_key(cfg), backbone=run.provenance["backbone_sha256"], layout=layout)
         card |= {name: getattr(state, name) for name in STATE_FIELDS}
         # Cloned: a weight that no round has moved may be one tensor in two groups.
         content = safetensors.torch.save({n: w.contiguous().clone() for n, w in tensors.items()},
@@ -2206,7 +2296,7 @@ def read_card(name: str, content: bytes) -> dict:
     try:
         header = json.loads(content[8:8 + int.from_bytes(content[:8], "little")])
         card = json.loads(header["__metadata__"]["card"])
-        return {name: card[name] for name in ("key", "backbone", *STATE_FIELDS)}
+        return {name: card[name] for name in ("key", "backbone", "layout", *STATE_FIELDS)}
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{name} is no checkpoint of a run: {error!r}") from error
 
@@ -2264,7 +2354,8 @@ def open_run(cfg: Config, store: Store | None = None, head: Params | None = None
         shards = [data.train[part] for part in parts]
 
     saved = store.newest_checkpoint(cfg) if store else None
-    if saved is None and store and cfg.schedule == "constant":
+    knows_its_end = not cfg.centralized and "num_rounds" in ALGORITHMS[cfg.algorithm].reads
+    if saved is None and store and cfg.schedule == "constant" and not knows_its_end:
         # at a constant rate a longer run only goes on from where a shorter one ended
         ended = (store.newest_checkpoint(other) for other in shorter_runs(cfg, store))
         saved = next(filter(None, ended), None)
@@ -2350,14 +2441,18 @@ def make_head(cfg: Config, store: Store | None, data: Data, model: nn.Module,
     probe = replace(cfg, name="", rule=None, head="probe", num_rounds=cfg.head_rounds,
                     num_epochs=cfg.head_rounds,
                     algorithm="centralized" if cfg.centralized else "fedavg")
+    store = store or Store()
     result = train(probe, store, test=False)
     if result["status"] == "diverged":
         raise FloatingPointError(f"the head's own run, {result['run']}, diverged: "
                                  f"{result['error']}")
     if result["status"] != "finished":
         raise KeyboardInterrupt
-    card, tensors = store.newest_checkpoint(probe)
-    return {n: tensors[f"params:{n}"] for n in HEAD}
+    saved = store.newest_checkpoint(probe)
+    if saved is None:
+        raise FileNotFoundError(f"the head's own run, {result['run']}, is stored without its "
+                                "weights: delete its JSON file, and it is trained again")
+    return {n: saved[1][f"params:{n}"] for n in HEAD}
 
 
 def make_mask(cfg: Config, store: Store | None, data: Data, model: nn.Module,
@@ -2407,29 +2502,27 @@ def mask_provenance(cfg: Config, mask: Params) -> dict:
 
 def _saved_state(run: Run, start: State, card: dict, tensors: Params) -> State:
     """The State of a checkpoint; ValueError where its tensors are not those of the run."""
-    groups = {}
-    for name, w in tensors.items():
-        group, _, n = name.partition(":")
-        if group not in ("mask", "head"):
-            groups.setdefault(group, {})[n] = w
-    # safetensors has an order of its own; the model's is the one that sums and bits depend on
-    groups = {group: {n: params[n] for n in [*start.params, *params] if n in params}
-              for group, params in groups.items()}
-
     weights = {}
     for group in ("params", "best"):
-        params = groups.pop(group, None)
-        if params is None:
+        # safetensors has an order of its own; the model's is the one that sums and bits depend on
+        params = {n: tensors.pop(f"{group}:{n}") for n in start.params
+                  if f"{group}:{n}" in tensors}
+        if not params and group == "best":
             continue
+        like = start.params
         if run.mask is not None:
-            counts = {n: int(run.mask[n].sum()) for n in start.params}
-            entries = {n: torch.empty(count) for n, count in counts.items()}
-            check_layout(f"the checkpoint of {run_name(run.cfg)}", params, entries)
+            like = {n: torch.empty(int(run.mask[n].sum())) for n in start.params}
+        check_layout(f"the checkpoint of {run_name(run.cfg)}", params, like)
+        if run.mask is not None:
             params = {n: w.masked_scatter(run.mask[n], params[n])
                       for n, w in start.params.items()}
-        check_layout(f"the checkpoint of {run_name(run.cfg)}", params, start.params)
         weights[group] = params
-    algorithm_state = {group.removeprefix("state/"): params for group, params in groups.items()}
+    algorithm_state = {group: {n: tensors.pop(f"state/{i}:{n}") for n in names}
+                       for i, (group, names) in enumerate(card["layout"])}
+    foreign = [n for n in tensors if not n.startswith(("mask:", "head:"))]
+    if foreign:
+        raise ValueError(f"the checkpoint of {run_name(run.cfg)} has foreign tensors, such as "
+                         f"{foreign[:5]}")
     return State(
         params=weights["params"],
         round=card["round"],
@@ -2451,7 +2544,9 @@ def shorter_runs(cfg: Config, store: Store) -> list[Config]:
         # a key that is equal in all else is one of a run, whatever lies in the folder
         alike = result["key"] | {length: cfg.length} == asked
         done = result["key"].get(length, cfg.length)
-        if alike and result["status"] == "finished" and done < cfg.length:
+        # its end was evaluated, which the longer run is to be there as well
+        shared = done < cfg.length and done % cfg.eval_every == 0
+        if alike and result["status"] == "finished" and shared:
             shorter.append(replace(cfg, name=name, **{length: done}))
     return sorted(shorter, key=lambda other: -other.length)
 

@@ -419,16 +419,27 @@ class Recalibrated(FedAvg):
     A mask rule is calibrated once, at the start. Here every client of rounds 0, T/4, T/2 and 3T/4
     cuts a mask at the server's weights, on images of its own, and sends it as a bitmap. The weights
     with the most votes, ties drawn, are trained from the next round on; round 0 calibrates alone.
-    For runs without a mask rule, of which it leaves the head as it was fitted, as masks do.
+    The head stays as it was fitted, as under a mask rule. Traffic is counted as if all weights
+    went, and a float for each entry of a bitmap. Raises ValueError with a rule or without a fitted
+    head.
     """
+    reads = ("num_rounds",)
     rule = "least_sensitive"
     sparsity = 0.9
     rounds = 4    # of one calibration
     images = 128  # of a client's shard that each of them scores
     times = 4     # calibrations in a run
 
+    def __init__(self, cfg):
+        super().__init__(cfg)
+        if cfg.rule or cfg.head in ("train", "probe"):
+            raise ValueError(f"algorithm={cfg.algorithm!r} chooses the weights itself and leaves "
+                             f"the head as it is: set rule=None, not {cfg.rule!r}, and a fitted "
+                             f"head, not {cfg.head!r}")
+
     def is_due(self, state: State) -> bool:
-        return state.round % math.ceil(self.cfg.num_rounds / self.times) == 0
+        due = [i * self.cfg.num_rounds // self.times for i in range(self.times)]
+        return state.round in due
 
     def local_gradient(self, gradients, weights, state, client):
         mask = state.algorithm_state.get("mask", {})

@@ -338,18 +338,18 @@ def test_the_server_frees_what_most_clients_free_from_the_next_round_on():
              {"w": torch.tensor([True, False, True, False])},
              {"w": torch.tensor([False, False, True, True])}]
     vectors = [{"w": torch.ones(4)}] * 3
-    params, memory = server("recalibrated", vectors, messages=masks)
+    params, memory = server("recalibrated", vectors, messages=masks, head="lda")
     assert params["w"].tolist() == [0, 0, 0, 0]  # nothing was free in the first round
     assert memory["mask"]["w"].tolist() == [True, False, True, False]
 
     state = State(params, round=1, algorithm_state=memory)
-    params, memory = server("recalibrated", vectors, state)
+    params, memory = server("recalibrated", vectors, state, head="lda")
     assert params["w"].tolist() == [1, 0, 1, 0]
     assert memory["mask"]["w"].tolist() == [True, False, True, False]
 
 
 def test_a_frozen_weights_gradient_cancels_its_decay():
-    algorithm = extension.Recalibrated(replace(CFG, weight_decay=0.5))
+    algorithm = extension.Recalibrated(replace(CFG, weight_decay=0.5, head="lda"))
     state = State({}, algorithm_state={"mask": {"w": torch.tensor([True, False])}})
     gradients = {"w": torch.tensor([3.0, 3.0]), "head": torch.tensor([3.0])}
     weights = {"w": torch.tensor([4.0, 4.0]), "head": torch.tensor([8.0])}
@@ -360,7 +360,7 @@ def test_a_frozen_weights_gradient_cancels_its_decay():
 
 def masks_of(name: str, number: int) -> list[dict]:
     """The masks after each of the rounds, and a check that only they let weights move."""
-    cfg = replace(CFG, algorithm=name, num_rounds=8, weight_decay=0.1, momentum=0.9)
+    cfg = replace(CFG, algorithm=name, num_rounds=8, weight_decay=0.1, momentum=0.9, head="lda")
     run, state = small_run(cfg)
     masks = []
     for _ in range(number):
@@ -386,8 +386,22 @@ def test_a_tenth_is_free_and_changes_every_quarter_or_never(name):
     assert changed == (name in ("recalibrated", "redrawn"))
 
 
+@pytest.mark.parametrize(("rounds", "due"), [(1, [0]), (3, [0, 1, 2]), (5, [0, 1, 2, 3]),
+                                             (8, [0, 2, 4, 6]), (13, [0, 3, 6, 9])])
+def test_calibrations_are_a_quarter_of_the_run_apart(rounds, due):
+    algorithm = extension.Recalibrated(replace(CFG, num_rounds=rounds, head="lda"))
+    assert [r for r in range(rounds) if algorithm.is_due(State({}, round=r))] == due
+
+
+@pytest.mark.parametrize("change", [dict(rule="random"), dict(head="train"), dict(head="probe")])
+def test_a_mask_that_changes_wants_no_rule_and_a_fitted_head(change):
+    cfg = replace(CFG, algorithm="recalibrated", **dict(head="lda") | change)
+    with pytest.raises(ValueError, match=f"chooses the weights itself.*{[*change.values()][0]}"):
+        extension.Recalibrated(cfg)
+
+
 def test_clients_of_a_random_mask_agree_on_it():
-    cfg = replace(CFG, algorithm="redrawn")
+    cfg = replace(CFG, algorithm="redrawn", head="lda")
     run, state = small_run(cfg)
     asked = [run.algorithm.client_message(run, state.params, state, k, 0.1) for k in (0, 7)]
     assert same(*asked)
@@ -435,7 +449,7 @@ def test_frozen_entries_keep_their_bits_and_free_ones_move(name):
 
 @pytest.mark.parametrize("name", BEYOND + RECALIBRATED)
 def test_a_round_leaves_its_input_alone(name):
-    run, state = small_run(replace(CFG, algorithm=name))
+    run, state = small_run(replace(CFG, algorithm=name, head="lda"))
     state = rounds(run, state, 1)
     before = {"": state.params, **state.algorithm_state}
     copies = {g: {n: w.clone() for n, w in group.items()} for g, group in before.items()}
@@ -449,6 +463,8 @@ def test_a_round_leaves_its_input_alone(name):
 def test_an_interrupted_run_resumes_bitwise(name, tmp_path, monkeypatch):
     make_small(monkeypatch)
     cfg = replace(CFG, algorithm=name, server_lr=0.5)
+    if name == "recalibrated":  # which leaves the head as it is
+        cfg = replace(cfg, head="lda")
     whole = utils.train(cfg, Store(tmp_path / "whole", quiet=True))
     assert whole["status"] == "finished"
 

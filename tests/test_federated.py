@@ -358,8 +358,10 @@ WRONG = {  # hook: what it returns, and what the error must name
     "server: numbers in its state": (
         dict(server_step=lambda self, s, u: (s.params, {"m": {"n": 3}})), "'m'.*'n'.*int"),
     "gradient: a name removed": (
-        dict(local_gradient=lambda self, g, w, s, k: g.pop("1.bias")),
+        dict(local_gradient=lambda self, g, w, s, k: g.__delitem__("1.bias")),
         r"local_gradient\(\).*1\.bias"),
+    "gradient: returned": (
+        dict(local_gradient=lambda self, g, w, s, k: dict(g)), r"local_gradient\(\).*nothing"),
     "gradient: another shape": (
         dict(local_gradient=lambda self, g, w, s, k: g.update({"1.bias": torch.zeros(3)})),
         r"local_gradient\(\).*1\.bias"),
