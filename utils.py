@@ -1298,6 +1298,8 @@ class ConfigOfAlgorithm:
         self._undeclared = (_unread_fields(cfg) | {"num_rounds", "length"}) - set(reads)
 
     def __getattr__(self, name: str):
+        if name.startswith("_"):  # of an object that is being copied, which has no fields yet
+            raise AttributeError(name)
         if name in self._undeclared:
             raise ValueError(f"algorithm {self._cfg.algorithm!r} asks for {name} and does not say "
                              f"so: declare it in the class by reads = ({name!r},)")

@@ -1,4 +1,5 @@
 """An idea of one's own: what a student's hook or rule may do, and what it is told otherwise."""
+import copy
 import functools
 from dataclasses import replace
 
@@ -175,6 +176,11 @@ def test_a_field_must_be_declared_and_is_then_part_of_the_key(step, field):
     assert field in utils.run_key(replace(CFG, algorithm="mine"))
     run, state = small_run(replace(CFG, algorithm="mine"))
     assert utils.federated_round(run, state).round == 1
+
+
+def test_an_algorithm_can_be_copied():
+    algorithm = copy.deepcopy(FedAvg(CFG))
+    assert algorithm.cfg.lr == CFG.lr
 
 
 def test_at_a_constant_rate_one_that_knows_its_end_begins_anew(tmp_path):
