@@ -2297,7 +2297,8 @@ def read_card(name: str, content: bytes) -> dict:
     """What a checkpoint says of itself; ValueError where it is none."""
     try:
         header = json.loads(content[8:8 + int.from_bytes(content[:8], "little")])
-        card = json.loads(header["__metadata__"]["card"])
+        # checkpoints from before states had a layout have none
+        card = {"layout": []} | json.loads(header["__metadata__"]["card"])
         return {name: card[name] for name in ("key", "backbone", "layout", *STATE_FIELDS)}
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{name} is no checkpoint of a run: {error!r}") from error

@@ -1,4 +1,6 @@
 """Training: what a run reads, trains, selects, survives and returns."""
+import hashlib
+import json
 import os
 import re
 import signal
@@ -631,6 +633,27 @@ def test_a_finished_sparse_run_keeps_only_its_trainable_weights_and_its_mask(sto
     run.load(state.params)
     again = utils.evaluate(run.model, run.data.test_images, run.data.test_labels)
     assert again["loss"] == result["test"]["loss"]
+
+
+@pytest.mark.parametrize(("algorithm", "refused"), [("fedavg", False), ("mine", True)])
+def test_a_checkpoint_from_before_states_had_a_layout_goes_on_or_is_refused(store, algorithm,
+                                                                            refused):
+    cfg = replace(CFG, algorithm=algorithm)
+    run, state = open_run(cfg, store)
+    store.save(run, utils.federated_round(run, utils.validate(run, state)))
+    name, = store.names("checkpoints/*/*.safetensors")
+    card = utils.read_card(name, store.read(name))
+    del card["layout"]
+    tensors = safetensors.torch.load(store.read(name))
+    content = safetensors.torch.save(tensors, {"card": json.dumps(card)})
+    store.delete(name)
+    digest = hashlib.sha256(content).hexdigest()
+    store.write(f"checkpoints/{run_name(cfg)}/0000001_{digest}.safetensors", content)
+    if refused:  # its memory cannot be told, and is not left out in silence
+        with pytest.raises(ValueError, match="foreign tensors"):
+            train(cfg, store)
+    else:
+        assert train(cfg, store)["status"] == "finished"
 
 
 def test_a_finished_run_keeps_no_memory_unless_it_may_go_on(store):
