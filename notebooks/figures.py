@@ -136,7 +136,7 @@ WORDS = {
     "scaffold": "SCAFFOLD", "fedavgm": "FedAvgM", "fedadam": "FedAdam", "fedexp": "FedExP",
     "half_least_sensitive": "half, least sensitive", "half_random": "half, random",
     "half_once_least_sensitive": "half, one round", "half_once_shuffled": "half, in its layers",
-    "once_least_sensitive": "least sensitive, one round",
+    "once_least_sensitive": "tenth, one round",
     "lda": "LDA", "masked": "a tenth", "sparse": "a tenth",
     "crop_flip": "crop and flip", "query_key": "query and key",
     "warmup_cosine": "warm-up, cosine", "centralized": "centralised"}
