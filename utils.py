@@ -85,7 +85,8 @@ NUM_CLASSES = {"cifar100": 100, "cifar10": 10, "synthetic": 100}
 WEIGHT_FILES = {"mini": ROOT / "weights/mini.safetensors",
                 "vits16_tin": ROOT / "weights/vits16_tin.safetensors"}
 
-Name = Annotated[str, Field(pattern=r"^([\w+=-][\w.+=-]*)?$", max_length=200)]  # of a file
+FILE_NAME = r"[\w+=-][\w.+=-]*"   # what may be part of a file's name
+Name = Annotated[str, Field(pattern=f"^({FILE_NAME})?$", max_length=200)]
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -337,9 +338,9 @@ def _file_sha256(path: Path, size: int, mtime: int) -> str:
 def source_sha256(thing: Callable) -> str:
     """SHA-256 (hex) of the source of a function, or of a class's own methods and constants.
 
-    Comments, docstrings and layout do not count. What the source calls elsewhere does not either:
-    an idea's constants belong inside it, or in what a function around it defines. Raises ValueError
-    where no source can be found and for constants that may change.
+    Comments, docstrings and layout do not count, nor what the source calls elsewhere: an idea's
+    constants belong inside it, or into a function around it. Raises ValueError where no source can
+    be found and for constants that may change.
     """
     if not inspect.isclass(thing):
         return hashlib.sha256(_plain_source(thing).encode()).hexdigest()
@@ -414,7 +415,7 @@ CODE_SHA256 = hashlib.sha256(_plain(SOURCE).encode()).hexdigest()
 
 def check_name(name: str):
     """ValueError for a name that cannot be part of a file's name."""
-    if not re.fullmatch(r"[\w+=-][\w.+=-]*", name):
+    if not re.fullmatch(FILE_NAME, name):
         raise ValueError(f"the name {name!r} becomes part of file names: it must be of letters, "
                          "digits and _ . + = - alone")
 
@@ -433,8 +434,7 @@ class Rule:
 def register_rule(name: str, score: Callable, needs_fisher: bool = False):
     """Makes `Config(rule=name)` train the weights that `score` gives the lowest scores; see `Rule`.
 
-    Raises ValueError for a built-in name, one that no file can have, and where the source of
-    `score` cannot be found.
+    Raises ValueError for a name that is built in or unfit for files, and without a source.
     """
     check_name(name)
     if name in RULES and RULES[name].score.__module__ == __name__:
@@ -1290,8 +1290,7 @@ class CohortUpdate:
 class ConfigOfAlgorithm:
     """A configuration as an algorithm sees it: ValueError for fields that it must declare.
 
-    Runs that differ in a field that nobody is known to read count as one, and at a constant rate a
-    longer run goes on from a shorter one: an algorithm that read it would be given another's.
+    Runs that differ in an undeclared field alone count as one: it would be given another's result.
     """
     def __init__(self, cfg: Config, reads: tuple[str, ...]):
         self._cfg = cfg
@@ -1313,17 +1312,13 @@ class FedAvg:
     is checked: a result of other names or shapes than the weights' is a ValueError that names it,
     and so is a state that is changed in place. Torch's generators are seeded for every call.
     """
-    # which of prox_mu, server_lr, server_momentum, num_rounds and the mask's fields it uses
-    reads: tuple[str, ...] = ()
+    reads: tuple[str, ...] = ()  # fields of Config that it declares; see `register_algorithm`
 
     def __init__(self, cfg: Config):
         self.cfg = ConfigOfAlgorithm(cfg, self.reads)
 
     def local_gradient(self, gradients: Params, weights: Params, state: State, client: int):
-        """Changes the gradients of one local step, in their dict; `state.params` are the server's.
-
-        Returns nothing.
-        """
+        """Changes the gradients of one local step, in their dict, and returns nothing."""
 
     def client_message(self, run: Run, vector: Params, state: State, client: int,
                        lr: float) -> Params:
@@ -1478,23 +1473,11 @@ def federated_round(run: Run, state: State, train_cohort=train_cohort) -> State:
     where = update.losses.device
     check_finite(cfg, where, state.round + 1, lr, watched)
 
-    with torch_seeded("hooks", cfg.seed, state.round, cfg.num_clients + 1):
-        answer = run.algorithm.server_step(state, update)
+    params, algorithm_state = next_state(run, state, update)
     if fingerprint(run, state) != before:
         raise ValueError(f"algorithm {cfg.algorithm!r} changes weights, its state or itself in "
                          "place: an interrupted round could not be repeated. Return new tensors, "
                          "and what is kept between rounds as the state of server_step()")
-    what = f"algorithm {cfg.algorithm!r}: what server_step() returns"
-    if not isinstance(answer, tuple) or len(answer) != 2 or not isinstance(answer[1], dict):
-        raise ValueError(f"{what} must be a pair: weights, and a dict of groups of named tensors")
-    params, algorithm_state = answer
-    check_layout(what, params, state.params)
-    for group, tensors in algorithm_state.items():
-        check_tensors(f"{what} as the algorithm's state {group!r}", tensors)
-    params = {n: params[n].to(w) for n, w in state.params.items()}
-    if run.mask is not None:
-        # Frozen means frozen whatever a hook does.
-        params = {n: torch.where(run.mask[n], params[n], w) for n, w in state.params.items()}
 
     # Frozen entries need not travel: clients have them. What goes beside does, both ways.
     entries = len(update.clients) * run.num_trainable()
@@ -1518,6 +1501,26 @@ def federated_round(run: Run, state: State, train_cohort=train_cohort) -> State:
         round=row["round"],
         history=(*state.history, row),
     )
+
+
+def next_state(run: Run, state: State, update: CohortUpdate) -> tuple[Params, dict[str, Params]]:
+    """The server's next weights and algorithm's state; ValueError where a hook returns others."""
+    cfg = run.cfg
+    with torch_seeded("hooks", cfg.seed, state.round, cfg.num_clients + 1):
+        answer = run.algorithm.server_step(state, update)
+    what = f"algorithm {cfg.algorithm!r}: what server_step() returns"
+    if not isinstance(answer, tuple) or len(answer) != 2 or not isinstance(answer[1], dict):
+        raise ValueError(f"{what} must be a pair: weights, and a dict of groups of named tensors")
+    params, algorithm_state = answer
+    check_layout(what, params, state.params)
+    for group, tensors in algorithm_state.items():
+        check_tensors(f"{what} as the algorithm's state {group!r}", tensors)
+    # in the order and precision that a checkpoint gives back
+    params = {n: params[n].to(w) for n, w in state.params.items()}
+    if run.mask is not None:
+        # Frozen means frozen whatever a hook does.
+        params = {n: torch.where(run.mask[n], params[n], w) for n, w in state.params.items()}
+    return params, algorithm_state
 
 
 def fingerprint(run: Run, state: State) -> list:
@@ -2524,8 +2527,8 @@ def _saved_state(run: Run, start: State, card: dict, tensors: Params) -> State:
                        for i, (group, names) in enumerate(card["layout"])}
     foreign = [n for n in tensors if not n.startswith(("mask:", "head:"))]
     if foreign:
-        raise ValueError(f"the checkpoint of {run_name(run.cfg)} has foreign tensors, such as "
-                         f"{foreign[:5]}")
+        raise ValueError(
+            f"the checkpoint of {run_name(run.cfg)} has foreign tensors, such as {foreign[:5]}")
     return State(
         params=weights["params"],
         round=card["round"],

@@ -1573,6 +1573,33 @@ def converged(history: pd.DataFrame, points: float = 0.5) -> pd.Series:
     return pd.Series(found, dtype=float)
 
 
+@dataclass(frozen=True)
+class Range:
+    """The rates around a rule's best one at which it gains over the untrained start, one seed."""
+    gain: float       # points at the best rate
+    lowest: float     # NaN where no rate gains
+    highest: float
+    open_below: bool  # the lowest rate that was tried still gains
+    open_above: bool
+
+    def __str__(self) -> str:
+        below = "≤ " if self.open_below else ""
+        above = "≥ " if self.open_above else ""
+        return f"{below}{self.lowest:g} to {above}{self.highest:g}"
+
+
+def range_around_best(gains: pd.Series) -> Range:
+    """Of gains (points) by rate, rates ascending; NaN for a run that diverged."""
+    best = gains.idxmax()
+    if not gains[best] > 0:
+        return Range(gains[best], math.nan, math.nan, False, False)
+    harmful = gains.index[~(gains > 0)]
+    floor = harmful[harmful < best].max()      # NaN without any
+    ceiling = harmful[harmful > best].min()
+    inside = gains.index[~(gains.index <= floor) & ~(gains.index >= ceiling)]
+    return Range(gains[best], inside.min(), inside.max(), math.isnan(floor), math.isnan(ceiling))
+
+
 def of_other_code(cfgs: Iterable[Config], store: Store) -> list[Config]:
     """Those whose stored result was trained, at least in part, by a utils.py that neither is this
     one nor does the same, as `repeat` has found."""

@@ -1028,43 +1028,16 @@ def draw_gains(session: Session, runs: pd.DataFrame, x: str):
     return fig, axes
 
 
-@dataclass(frozen=True)
-class Range:
-    """The rates around a rule's best one at which it gains over the untrained start, one seed."""
-    gain: float       # points at the best rate
-    lowest: float     # NaN where no rate gains
-    highest: float
-    open_below: bool  # the lowest rate that was tried still gains
-    open_above: bool
-
-    def __str__(self) -> str:
-        below = "≤ " if self.open_below else ""
-        above = "≥ " if self.open_above else ""
-        return f"{below}{self.lowest:g} to {above}{self.highest:g}"
-
-
-def ranges_of(session: Session) -> dict[tuple, Range]:
-    """{(rule, sharding): Range} of the map, as far as it is stored."""
+def ranges_of(session: Session) -> dict[tuple, experiments.Range]:
+    """{(rule, sharding): range} of the map, as far as it is stored."""
     runs, _ = section_frames("rate_map", session, quiet=True)
     runs = runs.assign(gain=runs.val - runs.start)
     found = {}
     for key, part in runs.groupby(["rule", "sharding"], sort=False):
         gains = part.sort_values("lr").set_index("lr").gain
         if gains.notna().any():
-            found[key] = range_around_best(gains)
+            found[key] = experiments.range_around_best(gains)
     return found
-
-
-def range_around_best(gains: pd.Series) -> Range:
-    """Of gains (points) by rate, rates ascending; NaN for a run that diverged."""
-    best = gains.idxmax()
-    if not gains[best] > 0:
-        return Range(gains[best], math.nan, math.nan, False, False)
-    harmful = gains.index[~(gains > 0)]
-    floor = harmful[harmful < best].max()      # NaN without any
-    ceiling = harmful[harmful > best].min()
-    inside = gains.index[~(gains.index <= floor) & ~(gains.index >= ceiling)]
-    return Range(gains[best], inside.min(), inside.max(), math.isnan(floor), math.isnan(ceiling))
 
 
 def range_table(session: Session) -> pd.DataFrame:

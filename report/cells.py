@@ -4,7 +4,6 @@ A cell counts once the search for its rate has finished and its run is done. Not
 computed: the session's store is frozen.
 """
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -115,32 +114,23 @@ class Gains:
         """The best rate; of equal ones the lowest."""
         return max(self.points, key=self.points.get)
 
+    @cached_property
+    def _range(self) -> experiments.Range:
+        return experiments.range_around_best(pd.Series(self.points))
+
     @property
     def lowest(self) -> float | None:
         """The lowest of the rates around the best that gain, None where none gains."""
-        return self._last_gaining(reversed(self.points))
+        return self._range.lowest if self._range.gain > 0 else None
 
     @property
     def highest(self) -> float | None:
-        return self._last_gaining(self.points)
+        return self._range.highest if self._range.gain > 0 else None
 
     @property
     def reach(self) -> float | None:
         """The length of a client's first task vector at the highest of the rates that gain."""
         return self.lengths.get(self.highest)
-
-    def _last_gaining(self, rates: Iterable[float]) -> float | None:
-        """How far one can go from the best rate, in this order of rates, before gains end."""
-        last = None
-        for rate in self._from_best(rates):
-            if self.points[rate] <= 0:
-                break
-            last = rate
-        return last
-
-    def _from_best(self, rates: Iterable[float]) -> list[float]:
-        rates = list(rates)
-        return rates[rates.index(self.best):]
 
     def above_best(self, factor: float) -> float | None:
         """Points at about `factor` times the best rate, None where that was not tried."""

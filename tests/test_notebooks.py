@@ -334,11 +334,11 @@ def test_intervals_of_one_seed_are_said_to_be_of_the_images(session):
     ({0.1: 0.0, 1.0: 2.0, 3.0: 1.0}, "1 to ≥ 3"),
     ({0.1: 1.0, 1.0: 2.0}, "≤ 0.1 to ≥ 1")])
 def test_a_range_ends_where_harm_begins_or_says_that_it_may_go_on(gains, said):
-    assert str(figures.range_around_best(pd.Series(gains))) == said
+    assert str(experiments.range_around_best(pd.Series(gains))) == said
 
 
 def test_a_rule_that_never_gains_has_no_range():
-    found = figures.range_around_best(pd.Series({0.1: -0.5, 1.0: math.nan}))
+    found = experiments.range_around_best(pd.Series({0.1: -0.5, 1.0: math.nan}))
     assert found.gain == -0.5
     assert math.isnan(found.lowest)
 
