@@ -890,8 +890,7 @@ def _draw_labels(log_p: Tensor, draw: np.random.Generator) -> Tensor:
     uniform = torch.from_numpy(draw.random((len(p), 1)))
     labels = torch.searchsorted(cumulated, uniform.to(p.device))[:, 0]
     # the sum may end below 1 by rounding
-    last = p.shape[1] - 1
-    return labels.clamp(max=last).to(log_p.device)
+    return labels.clamp(max=p.shape[1] - 1).to(log_p.device)
 
 
 def check_labels(labels: Tensor, n: int, num_classes: int):
@@ -1001,19 +1000,23 @@ def calibrate_mask(model: nn.Module, images: Tensor | list[Tensor], *, rule: str
     for r in range(1, rounds + 1):
         keep = round((1 - sparsity) ** (r / rounds) * len(active))
         # Without damping, deterministic scores would make every round after the first idle.
-        damped = {n: w.where(_on_device_of(model, active)[n], damping * w)
-                  for n, w in maskable(model).items()}
-        fresh = rng("labels", seed, r)
-
-        def fishers(r=r, damped=damped, fresh=fresh):
-            for k in np.sort(cohort(len(clients), participation, "scorers", seed, r)):
-                y = fresh if labels[k] is None else labels[k]
-                yield len(clients[k]), sensitivity(model, clients[k], y, chunk, damped)
-
-        scores = _combined_scores(rule, weights, fishers(), combine, active, keep, draw)
+        trainable = _on_device_of(model, active)
+        damped = {n: w.where(trainable[n], damping * w) for n, w in maskable(model).items()}
+        scorers = np.sort(cohort(len(clients), participation, "scorers", seed, r))
+        parts = [(clients[k], labels[k]) for k in scorers]
+        fishers = _fishers(model, parts, rng("labels", seed, r), chunk, damped)
+        scores = _combined_scores(rule, weights, fishers, combine, active, keep, draw)
         # What is frozen never returns.
         active = select_lowest(scores.masked_fill(~active, math.inf), keep, draw)
     return _on_device_of(model, active)
+
+
+def _fishers(model: nn.Module, parts: list, draw: np.random.Generator, chunk: int,
+             weights: Params) -> Iterator[tuple[int, Params]]:
+    """Number of images and Fisher information by client, of its images and its labels or None."""
+    for images, labels in parts:
+        y = draw if labels is None else labels
+        yield len(images), sensitivity(model, images, y, chunk, weights)
 
 
 def _on_device_of(model: nn.Module, selected: Tensor) -> Params:
@@ -1693,7 +1696,6 @@ def run_rounds(run: Run, store: "Store", state: State, step: Callable[[Run, Stat
 
 def segment(cfg: Config, done: int) -> dict:
     """Where and by what the rounds after `done` are trained."""
-    packages = ("torch", "torchvision", "timm", "numpy")
     return dict(
         after_round=done,
         device=str(device()),
@@ -1703,7 +1705,7 @@ def segment(cfg: Config, done: int) -> dict:
         precision=precision_name(cfg, device()),
         threads=torch.get_num_threads(),  # another number sums in another order
         python=platform.python_version(),
-        versions={p: version(p) for p in packages},
+        versions={p: version(p) for p in ("torch", "torchvision", "timm", "numpy")},
         code=CODE_SHA256,
     )
 
@@ -1752,18 +1754,9 @@ def _synthetic(per_class: int) -> tuple[Tensor, Tensor]:
     images = []
     for pattern in patterns:
         noise = torch.from_numpy(draw.normal(size=(per_class, 3, 32, 32)))
-        pixels = 128 + 40 * pattern + 40 * noise
-        images.append(pixels.clamp(0, 255).to(torch.uint8))
-    return torch.cat(images), torch.arange(100).repeat_interleave(per_class)
-
-
-def or_synthetic(cfg: Config) -> Config:
-    """`cfg`, or its like on synthetic images, with a warning, where its data cannot be loaded."""
-    try:
-        load_data(cfg)
-        return cfg
-    except FileNotFoundError as error:
-        return on_synthetic(cfg, str(error))
+        images.append((128 + 40 * pattern + 40 * noise).clamp(0, 255).to(torch.uint8))
+    # class after class, over and over, so that the first few images are of all of them
+    return torch.stack(images, 1).flatten(0, 1), torch.arange(100).repeat(per_class)
 
 
 # ------------------------------------------------------------------ plumbing: backbone
@@ -1947,8 +1940,7 @@ def logistic_head(parts: list[tuple[Tensor, Tensor]], num_classes: int, l2: floa
         ready.append((standardized, y.to(where)))
 
     def loss_and_gradient(flat):
-        w = torch.from_numpy(flat).to(where)
-        w = w.view(num_classes, -1)
+        w = torch.from_numpy(flat).to(where).view(num_classes, -1)
         weight = w[:, :-1]
         bias = w[:, -1]
         gradient = torch.zeros_like(w)
@@ -2352,25 +2344,10 @@ def open_run(cfg: Config, store: Store | None = None, head: Params | None = None
     data = load_data(cfg)
     model = build_model(cfg)
     provenance = dict(backbone_sha256=tensors_sha256(backbone(model)))
-    shards = []
-    if not cfg.centralized:
-        labels = data.labels.cpu().numpy()[data.train]
-        parts = shard(labels, cfg.num_clients, cfg.classes_per_client, cfg.seed,
-                      cfg.dirichlet_alpha)
-        shards = [data.train[part] for part in parts]
-
-    saved = store.newest_checkpoint(cfg) if store else None
-    knows_its_end = not cfg.centralized and "num_rounds" in ALGORITHMS[cfg.algorithm].reads
-    if saved is None and store and cfg.schedule == "constant" and not knows_its_end:
-        # at a constant rate a longer run only goes on from where a shorter one ended
-        ended = (store.newest_checkpoint(other) for other in shorter_runs(cfg, store))
-        saved = next(filter(None, ended), None)
+    shards = [] if cfg.centralized else deal_out(cfg, data)
+    saved = checkpoint_to_go_on_from(cfg, store, provenance["backbone_sha256"]) if store else None
     if saved is not None:
-        card, tensors = saved
-        if card["backbone"] != provenance["backbone_sha256"]:
-            raise ValueError(f"{run_name(cfg)} was begun from another backbone: weights="
-                             f"{cfg.weights!r} has SHA-256 {provenance['backbone_sha256']}, then "
-                             f"{card['backbone']}. Put the old file back, or choose another name.")
+        tensors = saved[1]
         head = {n: tensors[f"head:{n}"] for n in HEAD if f"head:{n}" in tensors} or head
         if "mask:" in tensors:
             mask = unpack_mask(tensors["mask:"], maskable(model))
@@ -2403,6 +2380,29 @@ def open_run(cfg: Config, store: Store | None = None, head: Params | None = None
     if saved is None or not resume:
         return run, start
     return run, _saved_state(run, start, *saved)
+
+
+def deal_out(cfg: Config, data: Data) -> list[np.ndarray]:
+    """The clients' shards of the training part, as indices of `data.images`."""
+    labels = data.labels.cpu().numpy()[data.train]
+    parts = shard(labels, cfg.num_clients, cfg.classes_per_client, cfg.seed, cfg.dirichlet_alpha)
+    return [data.train[part] for part in parts]
+
+
+def checkpoint_to_go_on_from(cfg: Config, store: Store, backbone_key: str
+                             ) -> tuple[dict, Params] | None:
+    """The run's newest checkpoint, or a shorter run's last; ValueError for another backbone's."""
+    saved = store.newest_checkpoint(cfg)
+    knows_its_end = not cfg.centralized and "num_rounds" in ALGORITHMS[cfg.algorithm].reads
+    if saved is None and cfg.schedule == "constant" and not knows_its_end:
+        # at a constant rate a longer run only goes on from where a shorter one ended
+        ended = (store.newest_checkpoint(other) for other in shorter_runs(cfg, store))
+        saved = next(filter(None, ended), None)
+    if saved is not None and saved[0]["backbone"] != backbone_key:
+        raise ValueError(f"{run_name(cfg)} was begun from another backbone: weights="
+                         f"{cfg.weights!r} has SHA-256 {backbone_key}, then "
+                         f"{saved[0]['backbone']}. Put the old file back, or choose another name.")
+    return saved
 
 
 def trainable_names(cfg: Config, model: nn.Module, mask: Params | None,

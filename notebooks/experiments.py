@@ -88,6 +88,15 @@ class Session:
     tensorboard: bool = False
 
 
+def or_synthetic(cfg: Config) -> Config:
+    """`cfg`, or its like on synthetic images, with a warning, where its data cannot be loaded."""
+    try:
+        utils.load_data(cfg)
+        return cfg
+    except FileNotFoundError as error:
+        return utils.on_synthetic(cfg, str(error))
+
+
 def open_session(preset_name: str, seeds: int | Iterable[int] | None = None,
                  drive: Path | None = None, hours: float | None = None, on_cpu: bool = False,
                  workers: int | None = None, tensorboard: bool = False) -> Session:
@@ -112,7 +121,7 @@ def open_session(preset_name: str, seeds: int | Iterable[int] | None = None,
             "take days. In Colab choose Runtime > Change runtime type > T4 GPU; or set "
             "PRESET = 'small', which is for a CPU; or ask for it with ON_CPU = True.")
     if preset_name == "demo":
-        base = utils.or_synthetic(base)
+        base = or_synthetic(base)
     if seeds is None:
         seeds = 1 if preset_name == "demo" else 3
     if isinstance(seeds, int):

@@ -46,6 +46,7 @@ from notebooks.experiments import (
     interval_table,
     last_accuracy,
     open_session,
+    or_synthetic,
     section_frames,
     section_runs,
     t_interval,
@@ -1564,7 +1565,7 @@ class Panel:
             self.sessions[session.preset] = session
         cfg = self.cfg
         if cfg.dataset == "cifar100" and session.preset == "demo":
-            cfg = utils.or_synthetic(cfg)
+            cfg = or_synthetic(cfg)
         live = Live()
         train_all([cfg], session, test, live)
         live.finish()

@@ -337,6 +337,12 @@ def test_the_synthetic_set_has_100_classes_and_looks_like_cifar(synthetic):
     assert (np.bincount(s.labels[s.train]) == 108).all()
 
 
+def test_the_first_synthetic_images_are_of_many_classes(synthetic):
+    # `eval_images` evaluates on the first of them alone
+    assert len(set(synthetic.labels[synthetic.val][:200].tolist())) > 80
+    assert len(set(synthetic.test_labels[:200].tolist())) == 100
+
+
 def test_the_synthetic_set_is_learnable_and_not_by_heart(synthetic):
     s = synthetic
 

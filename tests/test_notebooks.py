@@ -20,7 +20,7 @@ from utils import run_key, run_name
 @pytest.fixture
 def session(tmp_path, monkeypatch):
     """The demo's, with two seeds and an empty store; nothing is loaded or trained."""
-    monkeypatch.setattr(utils, "or_synthetic", lambda cfg: cfg)
+    monkeypatch.setattr(experiments, "or_synthetic", lambda cfg: cfg)
     monkeypatch.setenv("RESULTS_DIR", str(tmp_path))
     monkeypatch.delenv("TRAIN", raising=False)
     made = open_session("demo", 2, workers=1)
