@@ -1482,7 +1482,8 @@ def federated_round(run: Run, state: State, train_cohort=train_cohort) -> State:
                          "place: an interrupted round could not be repeated. Return new tensors, "
                          "and what is kept between rounds as the state of server_step()")
 
-    # Frozen entries need not travel: clients have them. What goes beside does, both ways.
+    # Frozen entries need not travel: clients have them. What goes beside is counted in full and
+    # both ways, as control variates go; of a message that only goes up that is too much.
     entries = len(update.clients) * run.num_trainable()
     for message in update.messages.values():
         entries += sum(w.numel() for w in message.values())
@@ -1656,9 +1657,11 @@ def run_rounds(run: Run, store: "Store", state: State, step: Callable[[Run, Stat
 
     Stops by itself at `stop_at` (seconds of `time.monotonic`), by hand at any moment, and where
     the run is not finite; `watch(run, state)` is called after every round that is evaluated.
+    Raises KeyboardInterrupt where it is stopped by hand after the last round.
     """
     cfg = run.cfg
     saved_at = time.monotonic()
+    interrupted = False
     if state.round < cfg.length:
         state = replace(state, segments=(*state.segments, segment(cfg, state.round)))
     bar = tqdm(total=cfg.length, initial=state.round, desc=run_name(cfg), leave=False,
@@ -1684,13 +1687,18 @@ def run_rounds(run: Run, store: "Store", state: State, step: Callable[[Run, Stat
                     store.save(run, state)
                 saved_at = time.monotonic()
     except KeyboardInterrupt:
-        pass
+        interrupted = True
     except FloatingPointError as error:
         state = replace(state, error=str(error))
     # A second Ctrl-C may come at any moment: the rounds done so far are stored all the same.
-    with suppress(KeyboardInterrupt), uninterrupted():
-        bar.close()
-        store.save(run, state)
+    try:
+        with uninterrupted():
+            bar.close()
+            store.save(run, state)
+    except KeyboardInterrupt:
+        interrupted = True
+    if interrupted and state.round == cfg.length:
+        raise KeyboardInterrupt  # the run is whole, but what comes after it is to stop too
     return state
 
 
@@ -1925,7 +1933,7 @@ def logistic_head(parts: list[tuple[Tensor, Tensor]], num_classes: int, l2: floa
     `parts` are features (n_k, d) and labels (n_k,), a pair a client. Loss and gradient are sums
     over them, so that each evaluation is a round of communication, and the result is the pooled
     one. Features are standardised by their sums first. Stops where no entry of the gradient of the
-    mean loss is above `tolerance`. Raises ValueError if that is not reached.
+    mean loss is above `tolerance`; ValueError where one stays above ten times that.
     """
     sums = pooled_sums(parts, num_classes)
     n = sums.gram[-1, -1]
@@ -2045,13 +2053,15 @@ class Store:
     def _restore(self):
         """Copies results from the backup, and notes what the backup lacks of an earlier process."""
         try:
-            self.backup.mkdir(parents=True, exist_ok=True)
+            # Not the folders above these: in the place of a drive that is gone they would hide it.
+            for folder in (self.backup.parent, self.backup):
+                folder.mkdir(exist_ok=True)
         except OSError as error:
             warnings.warn(f"{self.backup} cannot be made: {error}", stacklevel=4)
         results = ("*.json", "*.npy", "notes/*.json")
         for pattern in results:
             for name in self._names_in(self.backup, pattern):
-                if not (self.root / name).exists():
+                if not self._is_copied(name) and not self._is_newer(name):
                     self._copy(name, self.backup, self.root)
         if self.frozen:
             return
@@ -2071,6 +2081,13 @@ class Store:
         """By size as well as by name: the backup may hold an older version."""
         try:
             return (self.backup / name).stat().st_size == (self.root / name).stat().st_size
+        except OSError:
+            return False
+
+    def _is_newer(self, name: str) -> bool:
+        """In `root`: else another machine has made it anew meanwhile, and its version is taken."""
+        try:
+            return (self.root / name).stat().st_mtime > (self.backup / name).stat().st_mtime
         except OSError:
             return False
 
@@ -2172,15 +2189,19 @@ class Store:
 
     def result(self, cfg: Config) -> dict | None:
         """The stored result of this run, if any; ValueError where the name holds another run."""
-        path = self.root / f"{run_name(cfg)}.json"
-        if not path.is_file():
-            return None
+        name = f"{run_name(cfg)}.json"
+        path = self.root / name
         # read anew, not from a cache: another process may have written it meanwhile
-        result = _parse_result(path)
+        result = _parse_result(path) if path.is_file() else None
+        if result is None and path.is_file() and not self.frozen:
+            # Whatever it is, it is kept; a run in its place is trained again from its checkpoint,
+            # unless the backup has it.
+            path.rename(path.with_suffix(".json.damaged"))
+            if self.backup is not None and (self.backup / name).is_file():
+                result = _parse_result(self.backup / name)
+                if result is not None:
+                    self._copy(name, self.backup, self.root)
         if result is None:
-            # Whatever it is, it is kept; a run in its place is trained again from its checkpoint.
-            if not self.frozen:
-                path.rename(path.with_suffix(".json.damaged"))
             return None
         check_same_run(cfg, result["key"])
         return result
@@ -2217,10 +2238,14 @@ class Store:
                                          {"card": json.dumps(card, allow_nan=False)})
         folder = f"checkpoints/{run_name(cfg)}"
         digest = hashlib.sha256(content).hexdigest()
-        self.write(f"{folder}/{state.round:07d}_{digest}.safetensors", content)
-        keep = 1 if done else 2
-        for old in self.names(f"{folder}/*.safetensors")[:-keep]:
-            self.delete(old)
+        newest = f"{folder}/{state.round:07d}_{digest}.safetensors"
+        self.write(newest, content)
+        others = [name for name in self.names(f"{folder}/*.safetensors") if name != newest]
+        # Damaged ones may be of later rounds: only what is older can stand in for this one.
+        spare = [name for name in others if name < newest][-1:]
+        for old in others:
+            if done or old not in spare:
+                self.delete(old)
 
     def newest_checkpoint(self, cfg: Config) -> tuple[dict, Params] | None:
         """(card, tensors) of the newest sound checkpoint; ValueError where it is another run's."""
@@ -2333,8 +2358,8 @@ def check_same_run(cfg: Config, stored: dict):
 
 # ------------------------------------------------------------------ plumbing: training by name
 def open_run(cfg: Config, store: Store | None = None, head: Params | None = None,
-             mask: Params | None = None, skip_frozen: bool = True, resume: bool = True
-             ) -> tuple[Run, State]:
+             mask: Params | None = None, skip_frozen: bool = True, resume: bool = True,
+             stop_at: float = math.inf) -> tuple[Run, State]:
     """A Run (data, model, head, mask and shards), and the State to go on from.
 
     A worker elsewhere has no store, but `head` and `mask` from the server. Without `skip_frozen`,
@@ -2357,7 +2382,7 @@ def open_run(cfg: Config, store: Store | None = None, head: Params | None = None
         fitted = cfg.head != "train" or cfg.rule
         # a checkpoint of all weights has the head among them, one of a start has none
         if head is None and fitted and not (saved and resume):
-            head = make_head(cfg, store, data, model, shards, provenance["backbone_sha256"])
+            head = make_head(cfg, store, data, model, provenance["backbone_sha256"], stop_at)
         if head is not None:
             model.load_state_dict(backbone(model) | head)
     if cfg.rule and mask is None:
@@ -2428,8 +2453,8 @@ def on_features(data: Data, model: nn.Module) -> tuple[Data, nn.Module]:
     return features, head
 
 
-def make_head(cfg: Config, store: Store | None, data: Data, model: nn.Module,
-              shards: list[np.ndarray], backbone_key: str) -> Params:
+def make_head(cfg: Config, store: Store | None, data: Data, model: nn.Module, backbone_key: str,
+              stop_at: float) -> Params:
     """The head that a run starts from: fitted on frozen features, or by a probe's own run.
 
     Clients' sums add up to the pooled ones, so one head serves centralised and federated runs.
@@ -2448,7 +2473,7 @@ def make_head(cfg: Config, store: Store | None, data: Data, model: nn.Module,
                     num_epochs=cfg.head_rounds,
                     algorithm="centralized" if cfg.centralized else "fedavg")
     store = store or Store()
-    result = train(probe, store, test=False)
+    result = train(probe, store, test=False, stop_at=stop_at)
     if result["status"] == "diverged":
         raise FloatingPointError(f"the head's own run, {result['run']}, diverged: "
                                  f"{result['error']}")
@@ -2598,7 +2623,7 @@ def stored_result(cfg: Config, store: Store, test: bool) -> dict | None:
 
 def _train_now(cfg: Config, store: Store, test: bool, step, stop_at: float, watch) -> dict:
     try:
-        run, state = open_run(cfg, store)
+        run, state = open_run(cfg, store, stop_at=stop_at)
     except FloatingPointError as error:
         return _store_result(cfg, store, State({}, error=str(error)), {}, {})
 

@@ -291,6 +291,15 @@ def test_a_lost_mount_is_never_replaced_by_a_folder(tmp_path):
     assert sorted(p.name for p in store.backup.iterdir()) == ["a.json", "b.json"]
 
 
+def test_a_store_inside_another_does_not_replace_a_lost_mount_either(tmp_path):
+    (tmp_path / "drive" / "project").mkdir(parents=True)
+    store = Store(tmp_path / "root", tmp_path / "drive" / "project" / "results")
+    shutil.rmtree(tmp_path / "drive")
+    with pytest.warns(UserWarning, match="cannot be made|is gone"):
+        replace(store, root=store.root / "part", backup=store.backup / "part")
+    assert not (tmp_path / "drive").exists()
+
+
 # ------------------------------------------------------------------ two processes, two clocks
 def work(root, queue):
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(record=True) as said:

@@ -324,6 +324,30 @@ def test_an_older_version_in_the_backup_is_replaced_by_the_next_process(backed, 
     assert (again.backup / "a.json").read_bytes() == b'{"new": 1}'
 
 
+def test_a_newer_version_in_the_backup_is_another_machines_and_is_taken(backed):
+    backed.write("a.json", b"{}")
+    newer = backed.backup / "a.json"
+    newer.write_bytes(b'{"made": "anew"}')
+    later = (backed.root / "a.json").stat().st_mtime + 60
+    os.utime(newer, (later, later))
+    again = Store(backed.root, backed.backup)
+    assert newer.read_bytes() == (again.root / "a.json").read_bytes() == b'{"made": "anew"}'
+
+
+def test_a_damaged_result_is_taken_from_the_backup(backed, monkeypatch):
+    result = federated(SHORT, backed)
+    path = backed.root / f"{run_name(SHORT)}.json"
+    damaged = path.read_bytes()[:-9]
+    path.write_bytes(damaged)
+    for checkpoint in backed.names(CKPT):
+        backed.delete(checkpoint)
+    monkeypatch.setattr(utils, "open_run", lambda *args: pytest.fail("trained again"))
+    with pytest.warns(UserWarning, match="is no result of a run"):
+        assert federated(SHORT, backed) == result
+    assert json.loads(path.read_text()) == result
+    assert path.with_suffix(".json.damaged").read_bytes() == damaged
+
+
 def test_a_frozen_store_finds_results_in_the_backup_and_copies_nothing_there(backed):
     result = federated(SHORT, backed)
     shutil.rmtree(backed.root)
@@ -340,6 +364,21 @@ def test_old_checkpoints_leave_the_backup_too(backed):
         backed.save(run, replace(state, round=number))
     for place in (backed.root, backed.backup):
         assert sorted(p.name[:7] for p in place.glob(CKPT)) == ["0000002", "0000003"]
+
+
+def test_a_checkpoint_is_never_dropped_for_damaged_ones_of_later_rounds(backed):
+    run, state = utils.open_run(replace(CFG, num_rounds=9), backed)
+    backed.save(run, replace(state, round=1))
+    sound = backed.names(CKPT)
+    for round_ in ("0000007", "0000008"):
+        name = f"{Path(sound[0]).parent}/{round_}_{64 * 'f'}.safetensors"
+        utils.write_whole(backed.root / name, b"damaged")
+    backed.save(run, replace(state, round=2))
+    assert [Path(n).name[:7] for n in backed.names(CKPT)] == ["0000001", "0000002"]
+    name = f"{Path(sound[0]).parent}/0000009_{64 * 'f'}.safetensors"
+    utils.write_whole(backed.root / name, b"damaged")
+    backed.save(run, replace(state, round=9))  # the last, of which no other is kept
+    assert backed.newest_checkpoint(run.cfg)[0]["round"] == 9
 
 
 def test_results_reach_the_backup_after_what_they_name(backed, monkeypatch):

@@ -344,6 +344,46 @@ def test_a_second_ctrl_c_while_the_checkpoint_is_written_loses_no_round(store, m
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+@pytest.mark.parametrize("moment", ["in the last save", "in the last picture"])
+def test_a_ctrl_c_at_the_very_end_of_a_run_is_not_lost(store, monkeypatch, moment):
+    """A real signal; what would come after the run must not begin, and no round is trained twice.
+    """
+    cfg = replace(CFG, num_rounds=2)
+    honest_sync = os.fsync
+    moments = [moment]
+
+    def interrupted_sync(file):
+        if moments:  # once: what is written after the checkpoint is the result
+            moments.pop()
+            os.kill(os.getpid(), signal.SIGINT)
+        honest_sync(file)
+
+    def watch(run, state):
+        if state.round == cfg.num_rounds and moment == "in the last picture":
+            os.kill(os.getpid(), signal.SIGINT)
+    with monkeypatch.context() as patch:
+        if moment == "in the last save":
+            patch.setattr(os, "fsync", interrupted_sync)
+        assert train(cfg, store, watch=watch)["status"] == "interrupted"
+    monkeypatch.setattr(utils, "federated_round", lambda *args: pytest.fail("trained again"))
+    assert train(cfg, store)["status"] == "finished"
+
+
+def test_the_heads_own_run_stops_with_the_time_too(store, monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(utils.time, "monotonic", lambda: now)
+    honest_round = utils.federated_round
+
+    def long_round(run, state):
+        nonlocal now
+        now += 10.0
+        return honest_round(run, state)
+    monkeypatch.setattr(utils, "federated_round", long_round)
+    cfg = replace(CFG, head="train", rule="random", head_rounds=6)
+    assert federated(cfg, store, stop_at=125.0)["status"] == "interrupted"
+    assert now == 130.0  # three rounds of the head's own run, where six are wanted
+
+
 def test_each_part_of_a_run_says_where_it_was_trained(store, monkeypatch):
     def stop(run, state):
         raise KeyboardInterrupt
