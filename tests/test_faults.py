@@ -349,7 +349,7 @@ def test_the_lock_dies_with_its_process(tmp_path):
 
 def test_a_failed_run_frees_its_lock(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(utils, "open_run", lambda *args: 1 / 0)
+        patch.setattr(utils, "open_run", lambda *args, **options: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             train(SHORT, Store(tmp_path))
     with warnings.catch_warnings():

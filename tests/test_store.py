@@ -310,7 +310,7 @@ def test_what_a_wiped_machine_had_is_found_in_the_backup(backed, monkeypatch):
     assert (again.root / f"{run_name(SHORT)}.npy").is_file()
     assert again.results() == {result["run"]: result}
     assert resumed(replace(SHORT, name="cut"), again).round == 2
-    monkeypatch.setattr(utils, "open_run", lambda *args: pytest.fail("trained again"))
+    monkeypatch.setattr(utils, "open_run", lambda *args, **options: pytest.fail("trained again"))
     assert federated(SHORT, again) == result
 
 
@@ -341,7 +341,7 @@ def test_a_damaged_result_is_taken_from_the_backup(backed, monkeypatch):
     path.write_bytes(damaged)
     for checkpoint in backed.names(CKPT):
         backed.delete(checkpoint)
-    monkeypatch.setattr(utils, "open_run", lambda *args: pytest.fail("trained again"))
+    monkeypatch.setattr(utils, "open_run", lambda *args, **options: pytest.fail("trained again"))
     with pytest.warns(UserWarning, match="is no result of a run"):
         assert federated(SHORT, backed) == result
     assert json.loads(path.read_text()) == result
