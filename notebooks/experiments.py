@@ -65,6 +65,7 @@ from utils import (
     run_name,
     sensitivity,
     train,
+    uninterrupted,
 )
 
 Label = tuple           # what tells an experiment's cells apart, such as ("random", "Nc=1")
@@ -127,8 +128,8 @@ def open_session(preset_name: str, seeds: int | Iterable[int] | None = None,
     if isinstance(seeds, int):
         seeds = range(seeds)
     seeds = tuple(seeds)
-    if not seeds:
-        raise ValueError("seeds must name one at least")
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds={list(seeds)} must name one at least, and none twice")
     # what is shown of one seed alone is of the first
     base = replace(base, seed=seeds[0])
     if workers is None:
@@ -671,6 +672,7 @@ class Section:
     every_seed: bool = True         # False: seed 0 alone
     test: bool = True               # False: a choice, made on validation alone
     keep: bool = False              # the weights of finished runs, for what is measured on them
+    rests_on: tuple[str, ...] = ()  # sections whose rates, or choices, its cells take
 
 
 # In the order in which they tell most: within a notebook and over all of them.
@@ -679,34 +681,37 @@ SECTIONS = {
                         searched=False, every_seed=False, test=False),
     "centralized_decays": Section("01", centralized_decays, ("weight_decay",),
                                   every_seed=False, test=False),
-    "centralized_batches": Section("01", centralized_batches, ("batch_size",),
-                                   every_seed=False, test=False),
-    "centralized_schedules": Section("01", centralized_schedules, ("schedule",),
-                                     every_seed=False, test=False),
-    "centralized": Section("01", centralized, ("model",)),
-    "centralized_epochs": Section("01", centralized_epochs, ("epochs",), every_seed=False),
+    "centralized_batches": Section("01", centralized_batches, ("batch_size",), every_seed=False,
+                                   test=False, rests_on=("centralized_decays",)),
+    "centralized_schedules": Section("01", centralized_schedules, ("schedule",), every_seed=False,
+                                     test=False, rests_on=("centralized_batches",)),
+    "centralized": Section("01", centralized, ("model",), rests_on=("centralized_schedules",)),
+    "centralized_epochs": Section("01", centralized_epochs, ("epochs",), every_seed=False,
+                                  rests_on=("centralized_schedules",)),
     "fedavg_iid": Section("02", fedavg_iid, ("rounds",)),
     "grid": Section("03", grid, ("sharding", "local_steps")),
-    "six_models": Section("04", six_models, ("data", "weights trained"), keep=True),
+    "six_models": Section("04", six_models, ("data", "weights trained"), keep=True,
+                          rests_on=("centralized_schedules",)),
     "sparsity": Section("04", sparsity, ("sharding", "sparsity"), keep=True),
     "calibration": Section("04", calibration, ("sharding", "calibration_rounds"), keep=True),
     "rules": Section("05", rules, ("rule", "sharding"), keep=True),
     "half": Section("05", half, ("rule", "sharding")),
     "half_once": Section("05", half_once, ("rule", "sharding")),
     "rate_map": Section("05", rate_map, ("rule", "sharding", "lr"), searched=False,
-                        every_seed=False, test=False),
+                        every_seed=False, test=False, rests_on=("rules",)),
     "longer_rates": Section("05", longer_rates, ("rule", "lr"), searched=False, every_seed=False,
-                            test=False),
-    "longer": Section("05", longer, ("rule",), searched=False),
-    "speed_matched": Section("05", speed_matched, ("rule", "sharding"), searched=False),
+                            test=False, rests_on=("rules",)),
+    "longer": Section("05", longer, ("rule",), searched=False, rests_on=("longer_rates",)),
+    "speed_matched": Section("05", speed_matched, ("rule", "sharding"), searched=False,
+                             rests_on=("rules",)),
     "methods": Section("05", methods, ("method", "weights trained", "sharding")),
     "merges": Section("05", merges, ("method", "weights trained", "sharding")),
     "matched_merges": Section("05", matched_merges, ("method", "weights trained", "sharding"),
-                              searched=False),
+                              searched=False, rests_on=("merges",)),
     "consensus": Section("05", consensus, ("combined by", "share of clients", "sharding"),
-                         searched=False, keep=True),
+                         searched=False, keep=True, rests_on=("rules",)),
     "recalibration": Section("05", recalibration, ("rule", "calibrated", "sharding"),
-                             searched=False),
+                             searched=False, rests_on=("rules",)),
 }
 
 
@@ -718,25 +723,52 @@ def section_runs(name: str, session: Session) -> list[Config]:
 
 
 def run_section(name: str, session: Session, watch: Watch | None = None) -> list[Config]:
-    """Searches the rates of a section and trains its runs; what is left of them, if anything."""
+    """Searches the rates of a section and trains its runs; what is left of them, if anything.
+
+    First whatever it rests on: its runs would else be trained at the first guess of another rate.
+    """
     section = SECTIONS[name]
-    if section.searched and session.scale.searches:
-        found = search_rates(section.cells(session).values(), session, watch)
-        if not all(ladder.finished for ladder in found):
-            return section_runs(name, session)
-    runs = section_runs(name, session)
-    left = train_all(runs, session, section.test, watch)
+    ready = all(settle(other, session, watch) for other in section.rests_on)
+    if not ready or not find_rates(name, session, watch):
+        return section_runs(name, session)
+    left = train_all(section_runs(name, session), session, section.test, watch)
     if not left and not section.keep:
-        drop_weights(runs, session)
+        drop_weights(name, session)
     return left
 
 
-def drop_weights(runs: Iterable[Config], session: Session):
-    """Deletes the weights of finished runs that no section keeps: a Drive has 15 GB."""
+def find_rates(name: str, session: Session, watch: Watch | None = None) -> bool:
+    """Searches the rate of each of a section's cells, if they are searched: are all found?"""
+    section = SECTIONS[name]
+    if not (section.searched and session.scale.searches):
+        return True
+    found = search_rates(section.cells(session).values(), session, watch)
+    return all(ladder.finished for ladder in found)
+
+
+def settle(name: str, session: Session, watch: Watch | None = None) -> bool:
+    """Makes what others take of a section, its rates or its choice; False where it was stopped.
+
+    A section without a test is a choice, for which all its runs are needed.
+    """
+    section = SECTIONS[name]
+    if not (section.searched and section.test):
+        return not run_section(name, session, watch)
+    ready = all(settle(other, session, watch) for other in section.rests_on)
+    return ready and find_rates(name, session, watch)
+
+
+def drop_weights(name: str, session: Session):
+    """Deletes the weights of a finished section's runs, where none keeps them: a Drive has 15 GB.
+
+    Of runs among which a section without a test chooses, those of the choice stay to be tested.
+    """
     if session.store.frozen:
         return
-    kept = {run_name(cfg) for name, section in SECTIONS.items() if section.keep
-            for cfg in section_runs(name, session)}
+    runs = section_runs(name, session)
+    keep = [other for other, section in SECTIONS.items() if section.keep
+            or name in section.rests_on and not SECTIONS[name].test]
+    kept = {run_name(cfg) for other in keep for cfg in section_runs(other, session)}
     for cfg in runs:
         if run_name(cfg) not in kept:
             drop_checkpoints(cfg, session.store)
@@ -925,6 +957,10 @@ def search_rates(cfgs: Iterable[Config], session: Session, watch: Watch | None =
         # the first guesses of all cells first, then their neighbours
         if train_all(todo, session, test=False, watch=watch):
             return [ladder(cfg, store) for cfg in starts]
+        unread = [run_name(cfg) for cfg in todo if cfg.lr not in stored_rates(cfg, store)]
+        if unread:
+            raise ValueError(f"{unread} are stored, but not as a run writes its result (see the "
+                             f"warnings): move their JSON files out of {store.root} and run again")
     for found in ladders:
         drop_losers(found, session)
         if not found.bracketed and found.finished:
@@ -952,41 +988,6 @@ def drop_losers(found: Ladder, session: Session):
 def drop_checkpoints(cfg: Config, store: Store):
     for name in store.names(f"checkpoints/{run_name(cfg)}/*.safetensors"):
         store.delete(name)
-
-
-def ladder_table(cfgs: Iterable[Config], session: Session) -> pd.DataFrame:
-    """A row a search: the run, the rates tried, the chosen one, and whether it is bracketed."""
-    rows = []
-    for cfg in _unlike([searched_like(cfg, session) for cfg in cfgs]):
-        found = ladder(cfg, session.store)
-        tried = ", ".join(f"{lr:g}" for lr in found.scores)
-        rows.append(dict(run=run_name(cfg), sharding=sharding_label(cfg), rule=rule_label(cfg.rule),
-                         algorithm=cfg.algorithm, J=cfg.local_steps, tried=tried, lr=found.lr,
-                         val=100 * last_accuracy(session.store.result(replace(cfg, lr=found.lr))),
-                         bracketed=found.bracketed))
-    return pd.DataFrame(rows)
-
-
-def confirm_rates(cfgs: Iterable[Config], session: Session, seed: int = 1,
-                  watch: Watch | None = None) -> pd.DataFrame:
-    """The chosen rates and their neighbours at another seed: a row a search, with both choices.
-
-    Columns: run, lr (chosen at seed 0), val (at it, seed 0, %), lr_again (best of the three at the
-    other seed) and val_again; NaN where runs are missing.
-    """
-    starts = _unlike([searched_like(cfg, session) for cfg in cfgs])
-    chosen = [tuned(cfg, session.store) for cfg in starts]
-    trios = [[replace(cfg, seed=seed, lr=rate_of(rung_of(cfg.lr) + step)) for step in (0, -1, 1)]
-             for cfg in chosen]
-    train_all([cfg for trio in trios for cfg in trio], session, test=False, watch=watch)
-    rows = []
-    for cfg, trio in zip(chosen, trios, strict=True):
-        scores = {c.lr: last_accuracy(session.store.result(c)) for c in trio}
-        again = max(scores, key=scores.get)
-        val = last_accuracy(session.store.result(cfg))
-        rows.append(dict(run=run_name(cfg), lr=cfg.lr, val=100 * val, lr_again=again,
-                         val_again=100 * scores[again]))
-    return pd.DataFrame(rows).replace(-math.inf, math.nan)
 
 
 # ------------------------------------------------------------------ training
@@ -1276,13 +1277,17 @@ def serve(pipe, number: int, code: str):
     threading.Thread(target=_follow_parent, daemon=True).start()
     while True:
         try:
-            task = pipe.recv()
+            # held back: half a message would garble all that follow, and a task must be answered
+            with uninterrupted():
+                task = pipe.recv()
         except (EOFError, OSError):
             return
         except KeyboardInterrupt:
-            continue
+            task = None
         try:
-            answer = _serve_one(pipe, code, *task)
+            answer = "done", "interrupted"
+            if task is not None:
+                answer = _serve_one(pipe, code, *task)
         except KeyboardInterrupt:
             answer = "done", "interrupted"
         except Exception:  # the parent raises it
@@ -1302,7 +1307,8 @@ def _serve_one(pipe, code: str, place: tuple, cfg: Config, name: str, modules: l
         return "cannot", "its algorithm or rule is another one in a new process"
 
     def watch(run, state):
-        pipe.send(("evaluated", state.history))
+        with uninterrupted():
+            pipe.send(("evaluated", state.history))
     store = _store_at(*place)
     return "done", train(cfg, store, test, stop_at=stop_at, watch=watch)["status"]
 
@@ -1628,12 +1634,15 @@ def code_line(cfgs: Iterable[Config], store: Store) -> str:
     stored = f"{len(results)} of {len(cfgs)} results are stored"
     old = of_other_code(cfgs, store)
     if old:
-        return (f"{stored}, {len(old)} of them of another version of utils.py, such as "
-                f"{run_name(old[0])}: forget(of_other_code(cfgs, store), store) deletes them, and "
-                "the next run makes them anew.")
+        return (f"{stored}, {len(old)} of them of another version of utils.py. Does this one give "
+                f"the same? `python -m notebooks.experiments repeat {run_name(old[0])}` trains one "
+                "again and compares, in a folder of its own. They are deleted by "
+                "`experiments.forget_other_code(session)`, and the next run makes them anew.")
     earlier = sum(_codes_of(result) != {CODE_SHA256} for result in results)
     if earlier:
-        checked = sum(map(len, repeated_codes(store).values()))
+        codes = set().union(*map(_codes_of, results))
+        found = repeated_codes(store)
+        checked = sum(len(runs) for code, runs in found.items() if code in codes)
         return (f"{stored}, {earlier} of them of an earlier version of utils.py, whose runs this "
                 f"one repeats bit for bit (checked on {checked}).")
     return f"{stored}, all of this code."
@@ -1690,7 +1699,8 @@ def trained_elsewhere(result: dict) -> dict[str, tuple]:
 
 
 def _note_repeated(stored: dict[str, dict], differing: dict[str, list[str]], store: Store):
-    """Notes each earlier code whose runs all came out the same, with their names."""
+    """Notes of each earlier code which runs came out the same and which did not, in addition to
+    those of earlier calls: a luckier choice of runs hides no failure."""
     runs_of = {}
     for name, result in stored.items():
         if differing[name] and trained_elsewhere(result):
@@ -1699,15 +1709,17 @@ def _note_repeated(stored: dict[str, dict], differing: dict[str, list[str]], sto
             runs_of.setdefault(code, []).append(name)
     for code, names in runs_of.items():
         note = f"notes/repeated_{CODE_SHA256[:16]}_{code[:16]}.json"
-        if any(differing[name] for name in names):
-            store.delete(note)  # of an earlier, luckier choice of runs
-        else:
-            content = dict(code=CODE_SHA256, repeats=code, runs=sorted(names))
-            store.write(note, utils.to_json(content))
+        known = json.loads(store.read(note) or b"{}")
+        other = {name for name in names if differing[name]}
+        same = set(names) - other
+        same |= set(known.get("runs", [])) - other
+        other |= set(known.get("differing", [])) - same
+        content = dict(code=CODE_SHA256, repeats=code, runs=sorted(same), differing=sorted(other))
+        store.write(note, utils.to_json(content))
 
 
 def repeated_codes(store: Store) -> dict[str, list[str]]:
-    """{hash of an earlier utils.py: runs of it that came out bit for bit}.
+    """{hash of an earlier utils.py: runs of it that came out bit for bit, where none did not}.
 
     Of this utils.py, or of one whose runs this one repeats.
     """
@@ -1717,7 +1729,8 @@ def repeated_codes(store: Store) -> dict[str, list[str]]:
         code = later.pop()
         for name in store.names(f"notes/repeated_{code[:16]}_*.json"):
             note = json.loads(store.read(name) or b"{}")
-            if note.get("code") == code and note["repeats"] not in found:
+            sound = note.get("code") == code and not note.get("differing")
+            if sound and note["repeats"] not in found:
                 found[note["repeats"]] = note["runs"]
                 later.append(note["repeats"])
     return found
@@ -1729,6 +1742,12 @@ def forget(cfgs: Iterable[Config], store: Store):
         for name in (f"{run_name(cfg)}.json", f"{run_name(cfg)}.npy"):
             store.delete(name)
         drop_checkpoints(cfg, store)
+
+
+def forget_other_code(session: Session):
+    """`forget` of all sections' runs that are `of_other_code`."""
+    cfgs = [cfg for name in SECTIONS for cfg in section_runs(name, session)]
+    forget(of_other_code(cfgs, session.store), session.store)
 
 
 # ------------------------------------------------------------------ statistics
@@ -1761,7 +1780,7 @@ def mean_interval(values: Iterable[float]) -> str:
 
 @dataclass(frozen=True)
 class Comparison:
-    """a - b in points of test accuracy."""
+    """a - b in points of accuracy, or a - b of logarithms."""
     difference: float
     low: float          # of the 95 % interval
     high: float
@@ -1769,6 +1788,7 @@ class Comparison:
     p_equivalent: float  # two one-sided tests, that it is at least MARGIN
     seeds: int
     method: str         # of the interval and the test
+    unit: str = "points"
 
     @property
     def verdict(self) -> str:
@@ -1788,7 +1808,7 @@ class Comparison:
 
     def __str__(self) -> str:
         interval = f"{self.low:+.1f} to {self.high:+.1f}"
-        return f"{self.difference:+.1f} points ({interval}; {self.method}): {self.verdict}"
+        return f"{self.difference:+.1f} {self.unit} ({interval}; {self.method}): {self.verdict}"
 
 
 NOTHING = Comparison(math.nan, math.nan, math.nan, math.nan, math.nan, 0, "")

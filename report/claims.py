@@ -5,6 +5,7 @@ found) or "equal" (within the margin); "open" are comparisons whose direction th
 """
 import math
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -50,14 +51,19 @@ def comparison(claim: Claim, cells: Cells) -> Comparison:
     left = a.runs.set_index("seed")[claim["value_a"]]
     right = b.runs.set_index("seed")[claim["value_b"]]
     pairs = pd.concat([left, right], axis=1, keys=["a", "b"]).dropna()
+    is_log = claim["value_a"].startswith("log_")
     if len(pairs) > 1:
-        return experiments.paired_t(pairs.a - pairs.b)
+        found = experiments.paired_t(pairs.a - pairs.b)
+        if is_log:
+            # the margin within which two are equal is one of points
+            found = replace(found, p_equivalent=math.nan, unit="nats of log ratio")
+        return found
     # one accuracy has an interval, since it is of many images; another measure has none
-    if len(pairs) == 0 or claim["value_a"].startswith("log_"):
+    if len(pairs) == 0 or is_log:
         return experiments.NOTHING
-    images = TEST_IMAGES
-    if claim["value_a"] != "test":
-        images = validation_images(a)
+    images = validation_images(a)
+    if claim["value_a"] == "test":
+        images = min(TEST_IMAGES, a.cfgs[0].eval_images or TEST_IMAGES)
     return of_one_seed(pairs.a.iloc[0], pairs.b.iloc[0], images)
 
 

@@ -126,7 +126,8 @@ def claim_lines(claims: dict[str, Claim], judged: Judged) -> list[str]:
 
 def stamp(session: Session) -> str:
     """A comment by which one sees of which runs a numbers.tex was made."""
-    runs = sorted(session.store.results())
+    results = session.store.results()
+    runs = {name: [result["history"], result.get("test")] for name, result in results.items()}
     return f"% {len(runs)} runs, {json_sha256(runs)[:12]}"
 
 

@@ -134,7 +134,8 @@ def first_losses(cell: Cell) -> list[str]:
     if len(cell.history) == 0:
         return ["", ""]
     rounds = cell.history.set_index("round")
-    return [f"{rounds.val_loss[0]:.2f}", f"{rounds.train_loss[1]:.2f}"]
+    losses = [rounds.val_loss.get(0), rounds.train_loss.get(1)]
+    return ["" if loss is None else f"{loss:.2f}" for loss in losses]
 
 
 def half_point(cell: Cell) -> str:

@@ -1,7 +1,9 @@
 """What is run and in which order: sections, the search for rates, tables, the budget."""
 import math
+import re
 import time
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +19,6 @@ from notebooks.experiments import (
     budget,
     code_line,
     converged,
-    forget,
     frames,
     gather,
     images_of,
@@ -169,6 +170,69 @@ def test_a_section_runs_every_cell_at_the_rate_that_its_search_found(tmp_path, m
     assert sorted(runs.seed) == [0, 0, 1, 1]
 
 
+def test_a_section_run_alone_first_searches_the_rates_that_it_takes(tmp_path, monkeypatch):
+    """Else "consensus" would train at the guesses of rules that nobody has searched."""
+    monkeypatch.setitem(SCALES, "small", replace(
+        SCALES["small"], rules=("least_sensitive",), rule_shardings=(10,), skews=(10,)))
+    trained = pretend(monkeypatch, lambda cfg: 0.5 - 0.01 * abs(rung_of(cfg.lr) - rung_of(0.03)))
+    session = session_of(tmp_path)
+    assert run_section("consensus", session) == []
+    runs, _ = section_frames("consensus", session)
+    assert set(runs.lr) == {0.03}
+    assert not any("test" in session.store.result(cfg) for cfg in trained
+                   if cfg.calibration == "central" and cfg.lr != 0.03)
+
+
+def test_choices_are_made_before_what_rests_on_them(tmp_path, monkeypatch):
+    pretend(monkeypatch, lambda cfg: 0.5 + 0.1 * (cfg.weight_decay == 0.05)
+            - 0.01 * abs(rung_of(cfg.lr) - rung_of(0.01)))
+    monkeypatch.setitem(SCALES, "small", replace(
+        SCALES["small"], decays=(0.0, 0.05), batches=(32,), schedules=("cosine",)))
+    session = session_of(tmp_path)
+    assert run_section("centralized", session) == []
+    runs, _ = section_frames("centralized", session)
+    assert set(runs.weight_decay) == {0.05}
+
+
+def test_what_was_stopped_before_its_rates_were_found_trains_nothing_on_them(tmp_path, monkeypatch):
+    trained = pretend(monkeypatch, lambda cfg: 0.4)
+    session = session_of(tmp_path)
+    monkeypatch.setattr(experiments, "search_rates", lambda cfgs, session, watch: [
+        experiments.Ladder(cfg, {}, None, (0.1,)) for cfg in cfgs])
+    assert run_section("consensus", session) == section_runs("consensus", session)
+    assert trained == []
+
+
+def test_the_weights_of_a_choice_stay_until_it_is_tested(tmp_path, monkeypatch):
+    """The longest runs of all: else the winner would be trained twice."""
+    session = session_of(tmp_path)
+
+    def train(cfg, store, test=True, **options):
+        store.write(f"checkpoints/{run_name(cfg)}/1_a.safetensors", b"x")
+        return put(cfg, store, [0.3, 0.4 - abs(rung_of(cfg.lr))], test=0.4 if test else None)
+    monkeypatch.setattr(experiments, "train", train)
+    run_section("longer_rates", session)
+    winners = {run_name(cfg) for cfg in section_runs("longer", session)}
+    assert winners <= {Path(name).parent.name for name in
+                       session.store.names("checkpoints/*/*.safetensors")}
+    run_section("longer", session)
+    kept = {Path(name).parent.name for name in session.store.names("checkpoints/*/*.safetensors")}
+    assert not winners & kept
+
+
+def test_a_search_that_cannot_read_a_stored_rung_says_so(tmp_path, monkeypatch):
+    trained = pretend(monkeypatch, lambda cfg: 0.4)
+    session = session_of(tmp_path)
+    first = searched_like(BASE, session)
+    result = put(first, session.store, [0.3, 0.4])
+    del result["segments"][0]["hardware"]
+    session.store.write(f"{run_name(first)}.json", utils.to_json(result))
+    with pytest.warns(UserWarning, match="left out"), \
+            pytest.raises(ValueError, match=f"{run_name(first)}.*move their JSON files"):
+        search_rates([BASE], session)
+    assert run_name(first) not in map(run_name, trained)
+
+
 def test_what_is_shown_of_one_seed_is_of_the_first(tmp_path, monkeypatch):
     monkeypatch.setenv("RESULTS_DIR", str(tmp_path))
     session = open_session("small", [3, 1])
@@ -177,8 +241,9 @@ def test_what_is_shown_of_one_seed_is_of_the_first(tmp_path, monkeypatch):
     assert {cfg.seed for cfg in section_runs("longer_rates", session)} == {shown.seed} == {3}
     like = experiments.searched_like(shown, session)
     assert like.seed == 0  # a search serves all seeds
-    with pytest.raises(ValueError, match="one at least"):
-        open_session("small", [])
+    for wrong in ([], [0, 1, 0]):  # two runs of one seed would count as two
+        with pytest.raises(ValueError, match=re.escape(f"seeds={wrong} must name one at least")):
+            open_session("small", wrong)
 
 
 def test_all_who_calibrate_see_as_many_images(tmp_path):
@@ -430,7 +495,7 @@ def test_converged_is_the_first_round_that_stays_near_the_end(tmp_path):
     assert converged(history).tolist() == [3]
 
 
-def test_results_of_other_code_are_told_and_can_be_forgotten(tmp_path):
+def test_results_of_other_code_are_told_and_can_be_forgotten(tmp_path, monkeypatch):
     store = Store(tmp_path)
     other = replace(BASE, seed=1)
     put(BASE, store, [0.3, 0.4])
@@ -441,7 +506,9 @@ def test_results_of_other_code_are_told_and_can_be_forgotten(tmp_path):
     assert "1 of them" in line
     assert run_name(other) in line
     assert "\n" not in line
-    forget(of_other_code([BASE, other], store), store)
+    assert "`experiments.forget_other_code(session)`" in line
+    monkeypatch.setattr(experiments, "section_runs", lambda name, session: [BASE, other])
+    experiments.forget_other_code(session_of(tmp_path))
     assert store.result(other) is None
     assert store.names("checkpoints/*/*.safetensors") == []
     assert "all of this code" in code_line([BASE, other], store)
@@ -494,8 +561,12 @@ def test_results_of_earlier_code_count_once_their_runs_are_repeated(
     assert experiments.print_repeated([run_name(cfg) for cfg in cfgs], session) == 1
     assert capsys.readouterr().out.splitlines() == [
         f"{run_name(cfgs[0])}: the same, bit for bit", f"{run_name(cfgs[1])}: other history"]
+    repeat(cfgs[:1], session)  # a luckier choice of runs hides nothing
+    assert of_other_code(cfgs, store) == cfgs
 
     # unless it was trained on another machine, where bits may differ by themselves
+    for note in store.names("notes/repeated_*.json"):
+        store.delete(note)
     here = torch.backends.cpu.get_cpu_capability()
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "of old")
     assert experiments.trained_elsewhere(store.result(cfgs[1])) == {

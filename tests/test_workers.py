@@ -2,6 +2,8 @@
 import json
 import math
 import multiprocessing
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -149,6 +151,27 @@ def test_an_interrupt_stops_all_workers_and_their_runs_are_gone_on_with(tmp_path
     rounds = [session.store.newest_checkpoint(cfg)[0]["round"] for cfg in long]
     assert all(0 < r < 300 for r in rounds)
     assert session.store.names("*.json") == []
+
+
+def test_an_interrupt_while_a_worker_reads_its_task_is_answered(monkeypatch):
+    """Its parent waits for the answer, and would for ever. A real signal, in the midst of recv."""
+    class Pipe:
+        sent = []
+        read = 0
+
+        def recv(self):
+            self.read += 1
+            if self.read > 1:
+                raise EOFError
+            os.kill(os.getpid(), signal.SIGINT)
+            return "half of the task would be lost here"
+
+        def send(self, answer):
+            self.sent.append(answer)
+    monkeypatch.setattr(os, "setsid", lambda: None)
+    monkeypatch.setattr(experiments, "_follow_parent", lambda: None)
+    experiments.serve(Pipe(), 0, utils.CODE_SHA256)
+    assert Pipe.sent == [("done", "interrupted")]
 
 
 def test_the_sessions_time_stops_workers(tmp_path):
