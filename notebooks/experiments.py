@@ -823,6 +823,11 @@ def searched_like(cfg: Config, session: Session) -> Config:
     return with_steps(like, scale.search, evaluations=1)
 
 
+def of_stand_in(cfg: Config, session: Session) -> bool:
+    """Whether the search of the run's rate is that of another sharding or number of steps."""
+    return any(getattr(cfg, name) in stand_in for name, stand_in in session.scale.stand_ins.items())
+
+
 def at_own_rate(cfg: Config, session: Session) -> Config:
     """`cfg` at the best rate that is stored of its search, else at the first guess.
 

@@ -608,6 +608,8 @@ def rates_of(section: str, session: Session) -> pd.DataFrame:
     columns = experiments.SECTIONS[section].columns
     rows = []
     for label, cfg in experiments.SECTIONS[section].cells(session).items():
+        if experiments.of_stand_in(cfg, session):
+            continue  # what is stored is of another cell
         like = experiments.searched_like(cfg, session)
         scores = experiments.stored_rates(like, session.store)
         about = dict(zip(columns, label, strict=True))

@@ -1,7 +1,8 @@
 """The cells of the experiments, as far as they are stored, and what is derived from them.
 
-A cell counts once the search for its rate has finished and its run is done. Nothing is trained or
-computed: the session's store is frozen.
+A cell counts once its run is done and the search for its rate has finished, or those for the rates
+and choices that it takes from another section. Nothing is trained or computed: the session's store
+is frozen.
 """
 import math
 from dataclasses import dataclass, field, replace
@@ -61,13 +62,14 @@ def read_cells(session: Session) -> Cells:
 
 def read_section(section: Section, session: Session) -> dict[tuple, Cell]:
     seeds = session.seeds if section.every_seed else session.seeds[:1]
+    ready = all(is_settled(other, session) for other in section.rests_on)
     results = {}
     searches = {}
     of_cell = {}
     for label, cfg in section.cells(session).items():
         of_cell[label] = [replace(cfg, seed=s) for s in seeds]
         searches[label] = search_of(cfg, section, session)
-        if searches[label].finished:
+        if ready and searches[label].finished:
             for each in of_cell[label]:
                 if experiments.is_done(each, session.store, section.test):
                     results[run_name(each)] = session.store.result(each)
@@ -81,6 +83,18 @@ def read_section(section: Section, session: Session) -> dict[tuple, Cell]:
         course = history[history.run.isin(names)]
         cells[label] = Cell(label, cfgs, ours, course, searches[label].bracketed)
     return cells
+
+
+def is_settled(name: str, session: Session) -> bool:
+    """Whether `experiments.settle` has nothing more to do for a section."""
+    section = SECTIONS[name]
+    if not all(is_settled(other, session) for other in section.rests_on):
+        return False
+    if not (section.searched and section.test):
+        runs = experiments.section_runs(name, session)
+        return all(experiments.is_done(cfg, session.store, section.test) for cfg in runs)
+    cells = section.cells(session).values()
+    return all(search_of(cfg, section, session).finished for cfg in cells)
 
 
 def search_of(cfg: Config, section: Section, session: Session) -> Search:
@@ -148,6 +162,8 @@ def read_gains(session: Session) -> dict[tuple, Gains]:
     found = {}
     for label, cfg in SECTIONS["rules"].cells(session).items():
         like = experiments.searched_like(cfg, session)
+        if experiments.of_stand_in(cfg, session):
+            continue  # what is stored is of another sharding
         courses = {}
         lengths = {}
         for lr in experiments.stored_rates(like, session.store):

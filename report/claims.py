@@ -1,7 +1,8 @@
 """claims.toml held against the stored runs: what of it may be said.
 
 A claim compares two cells of the experiments and says "above", "below", "none" (no difference
-found) or "equal" (within the margin); "open" are comparisons whose direction the text leaves open.
+found), "unsure" (one that Holm's method leaves open) or "equal" (within the margin); "open" are
+comparisons whose direction the text leaves open.
 """
 import math
 import tomllib
@@ -16,7 +17,7 @@ from notebooks.experiments import Comparison
 from report.cells import Cell, Cells
 
 REPORT = Path(__file__).resolve().parent
-EXPECTED = ("above", "below", "none", "equal", "open")
+EXPECTED = ("above", "below", "none", "unsure", "equal", "open")
 TEST_IMAGES = 10_000
 
 Claim = dict
@@ -132,6 +133,8 @@ def stands(found: Comparison, p: float, expected: str) -> bool:
         return found.low > 0 and sure
     if expected == "below":
         return found.high < 0 and sure
+    if expected == "unsure":
+        return not sure and not found.low <= 0 <= found.high
     if expected == "equal":
         return found.equivalent
     return found.low <= 0 <= found.high

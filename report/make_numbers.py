@@ -115,7 +115,7 @@ def claim_lines(claims: dict[str, Claim], judged: Judged) -> list[str]:
         is_log = claims[name]["value_a"].startswith("log_")
         if found.seeds and is_log:
             ratios = [f"{ratio:.2f}" for ratio in np.exp(ends)]
-            lines.append(command("setratio", name, *ratios))
+            lines.append(command("setratio", name, *ratios, found.seeds))
         elif found.seeds:
             points = [f"{end:+.1f}" for end in ends]
             lines.append(command("setgap", name, *points, found.seeds))

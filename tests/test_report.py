@@ -295,6 +295,35 @@ def test_equality_needs_an_interval_within_the_margin(tmp_path):
     assert verdict == "wrong", far
 
 
+def test_unsure_is_a_direction_that_holms_method_leaves_open():
+    found = experiments.paired_t([0.8, 1.0, 1.3])
+    assert found.low > 0
+    assert claims_of.stands(found, 0.06, "unsure")
+    assert not claims_of.stands(found, found.p, "unsure")
+    around_zero = experiments.paired_t([-0.8, 1.0, 1.3])
+    assert not claims_of.stands(around_zero, 0.06, "unsure")
+
+
+def test_a_cell_waits_for_the_search_whose_rate_it_takes(tmp_path):
+    session = session_in(tmp_path)
+    for cfg in experiments.section_runs("consensus", session):
+        put(tmp_path, cfg, 0.4, 0.4)
+    shown = cells_of.read_section(SECTIONS["consensus"], session)
+    assert all(len(cell.runs) == 0 for cell in shown.values())
+    for cfg in SECTIONS["rules"].cells(session).values():
+        put_search(tmp_path, session, cfg)
+    shown = cells_of.read_section(SECTIONS["consensus"], session)
+    assert all(len(cell.runs) == len(cell.cfgs) for cell in shown.values())
+
+
+def test_gains_of_a_stand_in_are_not_shown_as_another_shardings(tmp_path):
+    small = session_in(tmp_path)
+    stand_ins = {"classes_per_client": {10: None}}
+    session = replace(small, scale=replace(small.scale, stand_ins=stand_ins))
+    put_search(tmp_path, session, SECTIONS["rules"].cells(session)["random", "IID"])
+    assert list(cells_of.read_gains(session)) == [("random", "IID")]
+
+
 def test_two_runs_of_one_seed_are_compared_as_independent_samples():
     found = claims_of.of_one_seed(40.0, 35.0, 5000)
     half = 1.959964 * math.sqrt((0.4 * 0.6 + 0.35 * 0.65) / 5000)
@@ -428,7 +457,8 @@ SENTENCE = re.compile(r"\\claim(?:or)?\{([\w-]+)\}\{((?:[^{}]|\{[^{}]*\})*)\}")
 def test_a_claims_sentence_says_what_is_checked():
     sentences = SENTENCE.findall(TEXT)
     assert len(sentences) == len(re.findall(r"\\claim(?:or)?\{", TEXT))
-    words = dict(above="above", below="below", none="no difference", equal="equal")
+    words = dict(above="above", below="below", none="no difference", equal="equal",
+                 unsure="Holm's method leaves open")
     for name, sentence in sentences:
         expected = CLAIMS[name]["expected"]
         assert expected != "open", name
