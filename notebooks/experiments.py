@@ -104,8 +104,8 @@ def open_session(preset_name: str, seeds: int | Iterable[int] | None = None,
     """The session of a preset.
 
     `seeds` is their number or a list of them (default: 3, in "demo" 1). Results are in results/ of
-    the project or in $RESULTS_DIR, figures in figures/ or in $RESULTS_DIR/figures, those of "demo"
-    in folders of their own; with a `drive` folder both are copied there. `hours` is the time after
+    the project or in $RESULTS_DIR, figures in figures/ or in $RESULTS_DIR/figures, in the folders
+    of `parts_of`; with a `drive` folder both are copied there. `hours` is the time after
     which training stops by itself. `workers` is how many runs are trained side by side (default: 1
     on a GPU, else the number of cores). TRAIN=no in the environment freezes the store. "demo"
     takes synthetic images where CIFAR-100 cannot be had, with a warning.
@@ -135,13 +135,13 @@ def open_session(preset_name: str, seeds: int | Iterable[int] | None = None,
     if workers is None:
         workers = 1 if device().type != "cpu" else os.cpu_count() or 1
 
-    part = "demo" if preset_name == "demo" else ""
-    root, figures = _folders(drive, part)
+    root, figures = _folders(drive, preset_name)
     backup = None
     figures_backup = None
     if drive is not None:
-        backup = Path(drive).expanduser() / "results" / part
-        figures_backup = Path(drive).expanduser() / "figures" / part
+        results_part, figures_part = parts_of(preset_name)
+        backup = Path(drive).expanduser() / "results" / results_part
+        figures_backup = Path(drive).expanduser() / "figures" / figures_part
     stop_at = math.inf
     if hours is not None:
         stop_at = time.monotonic() + 3600 * hours
@@ -149,16 +149,28 @@ def open_session(preset_name: str, seeds: int | Iterable[int] | None = None,
                    max(1, workers), SCALES[preset_name], stop_at, figures_backup, tensorboard)
 
 
-def _folders(drive: Path | None, part: str) -> tuple[Path, Path]:
-    """Working copies of results and figures; `part` is "demo" or ""."""
+def parts_of(preset_name: str) -> tuple[str, str]:
+    """Folders of a preset inside those of results and of figures, "" for these themselves.
+
+    Results of all presets but "demo" lie together, for their names tell them apart; figures of the
+    same name would replace one another.
+    """
+    results_part = "demo" if preset_name == "demo" else ""
+    figures_part = "" if preset_name == "small" else preset_name
+    return results_part, figures_part
+
+
+def _folders(drive: Path | None, preset_name: str) -> tuple[Path, Path]:
+    """Working copies of results and figures."""
+    results_part, figures_part = parts_of(preset_name)
     asked = os.environ.get("RESULTS_DIR")
     if asked:
         home = Path(asked).expanduser()
-        return home / part, home / "figures" / part
+        return home / results_part, home / "figures" / figures_part
     home = ROOT
     if drive is not None and ROOT.is_relative_to(Path(drive).expanduser()):
         home = Path.cwd()  # the project itself is on the drive, which is slow
-    return home / "results" / part, home / "figures" / part
+    return home / "results" / results_part, home / "figures" / figures_part
 
 
 def write_figure(session: Session, name: str, content: bytes) -> Path:
@@ -2043,17 +2055,19 @@ def throughput(preset_name: str, store: Store) -> tuple[float, str]:
 
 
 def budget(preset_name: str, seeds: int = 1, store: Store | None = None,
-           by_section: bool = False) -> pd.DataFrame:
+           by_section: bool = False, notebook: str | None = None) -> pd.DataFrame:
     """A row a notebook (or section), and their sum: runs, images, FLOP, GB on Drive, hours.
 
     Nothing is trained or loaded: counted are the configurations, with RUNGS runs a search, as if
-    nothing was stored. `store` tells the speed of this machine, if it has runs of this preset.
+    nothing was stored; a run of several notebooks counts in the first, unless one `notebook` alone
+    is asked for. `store` tells the speed of this machine, if it has runs of this preset.
     """
     with tempfile.TemporaryDirectory() as folder:
         base = preset(preset_name, dataset="cifar100")
         session = Session(preset_name, base, Store(Path(folder), frozen=True),
                           Path(folder), tuple(range(seeds)), 1, SCALES[preset_name])
-        plans = {name: planned(name, session) for name in SECTIONS}
+        plans = {name: planned(name, session) for name, section in SECTIONS.items()
+                 if notebook in (None, section.notebook)}
     speed, source = throughput(preset_name, store) if store else (T4_FLOPS, "estimated for a T4")
     counted = {}   # run -> images trained, evaluated, and FLOP, so far
     on_drive = set()
@@ -2102,7 +2116,7 @@ def budget_markdown() -> str:
 
 def budget_line(notebook: str, session: Session) -> str:
     """The first output of a notebook: what all its runs cost, were nothing stored."""
-    row = budget(session.preset, len(session.seeds), session.store).loc[notebook]
+    row = budget(session.preset, len(session.seeds), session.store, notebook=notebook).loc["all"]
     return (f"Preset {session.preset}, {len(session.seeds)} seed(s): {row.runs} runs, about "
             f"{row.hours / session.workers:.1f} hours with {session.workers} worker(s) and "
             f"{row.gigabytes:.1f} GB if nothing is stored yet ({row.throughput}).")
@@ -2162,6 +2176,8 @@ def main(arguments: list[str] | None = None) -> int:
         return print_repeated(asked.runs, session)
     session = open_session(asked.preset, asked.seeds, hours=asked.hours, on_cpu=asked.on_cpu,
                            workers=asked.workers)
+    if asked.vits16 and asked.preset != "small":
+        parser.error(f"--vits16 is for --preset small, not {asked.preset}")
     if asked.vits16:
         session = on_vits16(session)
     for name in asked.sections:
@@ -2194,8 +2210,7 @@ def print_repeated(names: list[str], session: Session) -> int:
 
 def print_budget(presets: list[str], seeds: int, by_section: bool = False):
     for name in presets:
-        part = "demo" if name == "demo" else ""
-        store = Store(_folders(None, part)[0], frozen=True)
+        store = Store(_folders(None, name)[0], frozen=True)
         print(f"{name}, {seeds} seed(s)")
         table = budget(name, seeds, store, by_section)
         print(table.to_string(float_format="{:.3g}".format), end="\n\n")

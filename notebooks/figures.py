@@ -234,28 +234,39 @@ def plan(session: Session, *names: str) -> pd.DataFrame:
     """What of these sections is stored and what is left: a row a section, and their sum.
 
     Time is from the seconds of stored runs on this hardware, else estimated; a search that is not
-    finished counts with the rates that it usually takes.
+    finished counts with the rates that it usually takes. In the sum a run that several sections
+    show counts once.
     """
     speed, source = experiments.throughput(session.preset, session.store)
-    rows = []
-    for name in names:
-        section = experiments.SECTIONS[name]
-        runs = experiments._unlike(section_runs(name, session))
-        done = [is_stored(cfg, session.store, section.test) for cfg in runs]
-        flop = sum(flop_left(cfg, session.store, section.test) for cfg in runs)
-        searches, search_flop = searches_left(name, session)
-        minutes = (flop + search_flop) / speed / session.workers / 60
-        rows.append(dict(
-            section=name.replace("_", " ").replace("centralized", "centralised"),
-            runs=len(runs),
-            stored=sum(done),
-            searches_left=searches,
-            minutes_left=round(minutes, 1)))
-    frame = pd.DataFrame(rows).set_index("section")
+    groups = {name.replace("_", " ").replace("centralized", "centralised"): [name]
+              for name in names}
     if len(names) > 1:
-        frame.loc["all"] = frame.sum()
+        groups["all"] = list(names)
+    rows = {}
+    for group, sections in groups.items():
+        runs = runs_of(sections, session)
+        flop = sum(flop_left(cfg, session.store, test) for cfg, test in runs.values())
+        searches, search_flop = searches_left(sections, session)
+        minutes = (flop + search_flop) / speed / session.workers / 60
+        rows[group] = dict(
+            runs=len(runs),
+            stored=sum(is_stored(cfg, session.store, test) for cfg, test in runs.values()),
+            searches_left=searches,
+            minutes_left=round(minutes, 1))
+    frame = pd.DataFrame.from_dict(rows, orient="index").rename_axis("section")
     columns = dict(searches_left="runs of searches left", minutes_left=f"minutes left, {source}")
     return frame.astype({"runs": int, "stored": int, "searches_left": int}).rename(columns=columns)
+
+
+def runs_of(sections: Iterable[str], session: Session) -> dict[str, tuple[Config, bool]]:
+    """{run: (Config, is it tested)} of these sections; what several of them show stands once."""
+    found = {}
+    for name in sections:
+        test = experiments.SECTIONS[name].test
+        for cfg in section_runs(name, session):
+            tested_before = found.get(run_name(cfg), (cfg, False))[1]
+            found[run_name(cfg)] = cfg, test or tested_before
+    return found
 
 
 def is_stored(cfg: Config, store: Store, test: bool) -> bool:
@@ -270,12 +281,14 @@ def flop_left(cfg: Config, store: Store, test: bool) -> float:
     return left * flop_of(cfg, test)
 
 
-def searches_left(name: str, session: Session) -> tuple[int, float]:
-    """(runs, FLOP) that the unfinished searches of a section usually still take."""
-    section = experiments.SECTIONS[name]
-    if not (section.searched and session.scale.searches):
-        return 0, 0.0
-    like = [experiments.searched_like(cfg, session) for cfg in section.cells(session).values()]
+def searches_left(names: Iterable[str], session: Session) -> tuple[int, float]:
+    """(runs, FLOP) that the unfinished searches of these sections usually still take."""
+    like = []
+    for name in names:
+        section = experiments.SECTIONS[name]
+        if section.searched and session.scale.searches:
+            cells = section.cells(session).values()
+            like += [experiments.searched_like(cfg, session) for cfg in cells]
     runs, flop = 0, 0.0
     for cfg in experiments._unlike(like):
         found = experiments.ladder(cfg, session.store)
@@ -311,17 +324,36 @@ def history_stored(cfg: Config, store: Store) -> list[dict]:
     return []
 
 
+class Stopped(KeyboardInterrupt):
+    """Ends a cell whose training was stopped before its time, and with it *Run all*."""
+
+    def _render_traceback_(self) -> list[str]:
+        # what IPython shows in place of a traceback
+        return ["Stopped. Nothing is lost: run this cell again, or all, to go on from here."]
+
+
+def stop_unless(done: bool, session: Session):
+    """Raises Stopped where training was stopped, by hand or by an error of a worker.
+
+    Not at the end of HOURS, after which no cell trains any more and all can show what is stored,
+    nor in a frozen store.
+    """
+    if not done and not session.store.frozen and time.monotonic() < session.stop_at:
+        raise Stopped
+
+
 def train_sections(session: Session, *names: str):
     """Trains what is missing of these sections, under a picture that grows.
 
-    Stop the cell at will: what was begun is stored, and running it again goes on.
+    Stop the cell at will: what was begun is stored, and running it again goes on. Raises Stopped
+    then, so that the cells below do not begin with what is half done.
     """
     live = Live()
+    done = True
     for name in names:
-        left = experiments.run_section(name, session, live)
-        if left:
-            break
+        done = done and not experiments.run_section(name, session, live)
     live.finish()
+    stop_unless(done, session)
 
 
 class Live:
@@ -500,12 +532,25 @@ def tilt(ax):
         label.set(rotation=40, ha="right", rotation_mode="anchor")
 
 
-def leave_out_collapse(ax, accuracies: Iterable[float], points: float = 12.0):
-    """Ends a y axis so far below the best: what collapses would leave no room for the others."""
+def leave_out_collapse(ax, accuracies: Iterable[float], points: float = 12.0) -> str:
+    """Ends a y axis so far below the best, for what collapses would leave no room for the others.
+
+    A sentence on what is not to be seen, diverged runs (NaN) among it; "" where all is.
+    """
+    accuracies = list(accuracies)
     known = [a for a in accuracies if not math.isnan(a)]
-    if known:
-        low = max(min(known) - 1, max(known) - points)
-        ax.set_ylim(low, max(known) + 1)
+    diverged = len(accuracies) - len(known)
+    if not known:
+        return ""
+    low = max(min(known) - 1, max(known) - points)
+    ax.set_ylim(low, max(known) + 1)
+    below = sum(a < low for a in known)
+    said = []
+    if below:
+        said.append(f"{below} of {len(accuracies)} runs end below the axis")
+    if diverged:
+        said.append(f"{diverged} diverged")
+    return ", ".join(said) + "." if said else ""
 
 
 def whole_numbers(ax):
@@ -549,19 +594,24 @@ def note(text: str):
     display(HTML(f"<p><i>{html.escape(text)}</i></p>"))
 
 
-def note_missing(session: Session, fig: Figure, *sections: str):
-    """Says under the figure what it lacks, and what its bars are."""
-    wanted = [cfg for s in sections for cfg in experiments._unlike(section_runs(s, session))]
-    results = [session.store.result(cfg) for cfg in wanted]
-    missing = sum(result is None for result in results)
-    diverged = sum(result is not None and result["status"] == "diverged" for result in results)
-    several = len(session.seeds) > 1 and any(experiments.SECTIONS[s].every_seed for s in sections)
-    note = "Bars: 95 % t interval over seeds." if several else "One seed."
+def note_missing(session: Session, fig: Figure, *sections: str, also: str = ""):
+    """Says under the figure what it lacks, what its bars are, and what `also` says."""
+    wanted = [cfg for cfg, _ in runs_of(sections, session).values()]
+    results = {cfg: session.store.result(cfg) for cfg in wanted}
+    stored = [cfg for cfg, result in results.items() if result is not None]
+    diverged = sum(results[cfg]["status"] == "diverged" for cfg in stored)
+    seeds = {cfg.seed for cfg in stored}
+    said = "Bars: 95 % t interval over seeds." if len(seeds) > 1 else "One seed."
     if diverged:
-        note += f" {diverged} of {len(results)} runs diverged."
-    if missing:
-        note += f" {missing} of {len(results)} runs are not there yet."
-    fig.supxlabel(note, fontsize=6.5, color="0.3")
+        said += f" {diverged} of {len(wanted)} runs diverged."
+    if len(stored) < len(wanted):
+        said += f" {len(wanted) - len(stored)} of {len(wanted)} runs are not there yet."
+    say_below(fig, f"{said} {also}")
+
+
+def say_below(fig: Figure, said: str):
+    """A small line under a figure."""
+    fig.supxlabel(said.strip(), fontsize=6.5, color="0.3")
 
 
 # ------------------------------------------------------------------ figures: the data
@@ -604,7 +654,8 @@ def draw_shards(session: Session, name: str, shardings: Iterable[dict]):
 
 # ------------------------------------------------------------------ figures: searches
 def rates_of(section: str, session: Session) -> pd.DataFrame:
-    """A row a rate that was tried: the section's label columns, lr and val (%, last round)."""
+    """A row a rate that was tried: the section's label columns, `tried` and val (%, last round; NaN
+    of a run that diverged)."""
     columns = experiments.SECTIONS[section].columns
     rows = []
     for label, cfg in experiments.SECTIONS[section].cells(session).items():
@@ -614,15 +665,15 @@ def rates_of(section: str, session: Session) -> pd.DataFrame:
         scores = experiments.stored_rates(like, session.store)
         about = dict(zip(columns, label, strict=True))
         for lr, score in scores.items():
-            if score > -math.inf:  # a diverged run has no accuracy
-                rows.append(about | {"tried": lr, "val": 100 * score})
+            val = math.nan if score == -math.inf else 100 * score
+            rows.append(about | {"tried": lr, "val": val})
     return pd.DataFrame(rows, columns=[*columns, "tried", "val"])
 
 
 def draw_searches(session: Session, name: str, sections: dict[str, str]):
     """Validation accuracy against the rate, a panel a section: {section: its label's column}."""
     tables = {section: rates_of(section, session) for section in sections}
-    shown = {section: tried for section, tried in tables.items() if len(tried)}
+    shown = {section: tried for section, tried in tables.items() if tried.val.notna().any()}
     if not shown:
         note(f"{name}: no rate is stored yet")
         return
@@ -634,7 +685,8 @@ def draw_searches(session: Session, name: str, sections: dict[str, str]):
         log_rates(ax)
         ax.legend()
     axes[0].set_ylabel("validation top-1 (%)")
-    leave_out_collapse(axes[0], pd.concat(shown.values()).val)
+    left_out = leave_out_collapse(axes[0], pd.concat(shown.values()).val)
+    say_below(fig, f"One seed. {left_out}")
     save_figure(session, fig, name, "Validation accuracy against the learning rate, one line for "
                 "each value of " + ", ".join(map(words, sections.values())))
 
@@ -642,7 +694,7 @@ def draw_searches(session: Session, name: str, sections: dict[str, str]):
 def draw_rates_of_grid(session: Session):
     """How wide the range of good rates is: accuracy against rate by sharding, a panel a J."""
     tried = rates_of("grid", session)
-    if tried.empty:
+    if tried.val.isna().all():
         note("03_rates: no rate is stored yet")
         return
     steps = [j for j in session.scale.local_steps if j in set(tried.local_steps)]
@@ -652,7 +704,8 @@ def draw_rates_of_grid(session: Session):
         draw_lines(ax, tried[tried.local_steps == j], "tried", "val", "sharding", order)
         ax.set_title(f"J = {j}")
         log_rates(ax)
-    leave_out_collapse(axes[0], tried.val)
+    left_out = leave_out_collapse(axes[0], tried.val)
+    say_below(fig, f"One seed. {left_out}")
     axes[0].set_ylabel("validation top-1 (%)")
     legend_above(fig, len(order))
     save_figure(session, fig, "03_rates", "Validation accuracy against the learning rate, a line a "
@@ -697,6 +750,7 @@ def draw_epochs(session: Session):
     ax.minorticks_off()
     draw_start(ax, session)
     legend_above(fig, 3)
+    note_missing(session, fig, "centralized_epochs")
     save_figure(session, fig, "01_epochs", "Test and validation accuracy against the number of "
                 "epochs of the run")
 
@@ -773,6 +827,8 @@ def draw_norms(session: Session):
     ax.set_ylim(0)
     whole_numbers(ax)
     ax.legend()
+    several = history.seed.nunique() > 1
+    say_below(fig, "Bands: 95 % t interval over seeds." if several else "One seed.")
     save_figure(session, fig, "02_norms", "Norms of the clients' task vectors and of their mean")
 
 
@@ -816,42 +872,74 @@ def draw_grid_curves(session: Session):
 
 
 def drift_of(session: Session) -> pd.DataFrame:
-    """Of each run of the grid: mean cosine of two clients, and norm of a task vector per rate.
+    """How far clients go and how far they agree: a row a rate that was tried in a cell of the grid.
 
-    With M clients, norms |t| and mean m, (M |m|^2 / mean |t|^2 - 1) / (M - 1) is the mean cosine
-    over pairs, weighted by their norms. Norms are divided by the round's rate, to which they are
-    about proportional.
+    Columns: sharding, local_steps, lr; cosine, the mean over pairs of a round's clients, and speed,
+    the norm of a task vector over the round's rate, both means over the rounds of seed 0. By rate,
+    for both depend on it: cells at rates of their own would compare rates rather than shardings.
     """
-    history = section_frames("grid", session, quiet=True)[1].dropna(subset=["client_norm"])
-    history = history[history.lr_now > 0]
     clients = utils.cohort_size(session.base.num_clients, session.base.participation)
-    ratio = (history.mean_norm / history.client_norm) ** 2
-    history = history.assign(cosine=(clients * ratio - 1) / (clients - 1),
-                             speed=history.client_norm / history.lr_now)
-    keys = ["sharding", "local_steps", "seed"]
-    return history.groupby(keys, sort=False)[["cosine", "speed"]].mean().reset_index()
+    rows = []
+    for (sharding, steps), cfg in experiments.SECTIONS["grid"].cells(session).items():
+        if experiments.of_stand_in(cfg, session):
+            continue
+        like = experiments.searched_like(cfg, session)
+        for lr in experiments.stored_rates(like, session.store):
+            result = session.store.result(replace(like, lr=lr))
+            rounds = [row for row in result["history"] if row.get("client_norm") and row["lr"] > 0]
+            if result["status"] == "finished" and rounds:
+                rows.append(dict(sharding=sharding, local_steps=steps, lr=lr,
+                                 cosine=np.mean([mean_cosine(row, clients) for row in rounds]),
+                                 speed=np.mean([row["client_norm"] / row["lr"] for row in rounds])))
+    return pd.DataFrame(rows, columns=["sharding", "local_steps", "lr", "cosine", "speed"])
+
+
+def mean_cosine(row: dict, clients: int) -> float:
+    """Of a round's stored norms: with M clients, norms |t| and mean m, (M |m|^2 / mean |t|^2 - 1) /
+    (M - 1) is the mean cosine over pairs, weighted by their norms."""
+    ratio = (row["mean_norm"] / row["client_norm"]) ** 2
+    return (clients * ratio - 1) / (clients - 1)
 
 
 def draw_drift(session: Session):
-    """How far clients go, and how far they agree, by sharding and number of local steps."""
-    found = frames_or_note(session, "03_drift", "grid")
-    if found is None:
-        return
+    """How far clients go, and how far they agree, by rate and sharding, for the fewest local
+    steps."""
+    steps = session.scale.local_steps[0]
     drift = drift_of(session)
-    drift = drift.assign(steps=j_labels(drift.local_steps))
-    shardings = nc_labels(session.scale.shardings)
-    series = j_labels(session.scale.local_steps)
-    fig, (left, right) = figure(PAGE, 1.8, ncols=2)
-    draw_points(left, drift, "sharding", "cosine", "steps", shardings, series)
-    draw_points(right, drift, "sharding", "speed", "steps", shardings, series)
+    drift = drift[drift.local_steps == steps]
+    if drift.empty:
+        note("03_drift: no rate is stored yet")
+        return
+    order = nc_labels(session.scale.shardings)
+    fig, (left, right) = figure(PAGE, 2.2, ncols=2)
+    draw_lines(left, drift, "lr", "cosine", "sharding", order)
+    draw_lines(right, drift, "lr", "speed", "sharding", order)
     left.set_ylabel("mean cosine of two clients")
     right.set(ylabel="vector norm / η", yscale="log")
     right.yaxis.set_major_formatter("{x:g}")
     right.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
-    legend_above(fig, 3)
-    note_missing(session, fig, "grid")
+    for ax in (left, right):
+        log_rates(ax)
+    legend_above(fig, len(order))
+    say_below(fig, f"J = {steps}, one seed.")
     save_figure(session, fig, "03_drift", "Mean cosine between the task vectors of two clients, "
-                "and the norm of a task vector over the rate, by sharding and local steps")
+                "and the norm of a task vector over the rate, against the rate, a line a sharding")
+
+
+def drift_at_one_rate(session: Session, one: str, other: str) -> tuple | None:
+    """(rate, row, row) of `drift_of` for two shardings, at the rate nearest to the middle of their
+    own that was tried in both; None without any."""
+    steps = session.scale.local_steps[0]
+    drift = drift_of(session)
+    rows = [drift[(drift.sharding == where) & (drift.local_steps == steps)].set_index("lr")
+            for where in (one, other)]
+    both = rows[0].index.intersection(rows[1].index)
+    if both.empty:
+        return None
+    cells = experiments.SECTIONS["grid"].cells(session)
+    middle = math.sqrt(cells[one, steps].lr * cells[other, steps].lr)
+    lr = min(both, key=lambda rate: abs(math.log(rate / middle)))
+    return lr, rows[0].loc[lr], rows[1].loc[lr]
 
 
 # ------------------------------------------------------------------ figures: notebook 4
@@ -990,10 +1078,10 @@ def draw_map(session: Session):
     found = frames_or_note(session, "05_map", "rate_map")
     if found is None:
         return
-    fig, axes = draw_gains(session, found[0], "lr")
+    fig, axes, left_out = draw_gains(session, found[0], "lr")
     for ax in axes:
         log_rates(ax)
-    note_missing(session, fig, "rate_map")
+    say_below(fig, f"One seed. {left_out}")
     save_figure(session, fig, "05_map", "Gain in validation accuracy over the untrained start "
                 "against the learning rate, a line a rule, a panel a sharding")
 
@@ -1006,17 +1094,18 @@ def draw_map_by_length(session: Session):
         return
     runs, history = found
     first = history[history["round"] == 1].drop_duplicates("run").set_index("run").client_norm
-    fig, axes = draw_gains(session, runs.assign(length=runs.run.map(first)), "length")
+    fig, axes, left_out = draw_gains(session, runs.assign(length=runs.run.map(first)), "length")
     for ax in axes:
         log_axis(ax, "length of τ, round 1 (log scale)")
-    note_missing(session, fig, "rate_map")
+    say_below(fig, f"One seed. {left_out}")
     save_figure(session, fig, "05_map_by_length", "Gain in validation accuracy over the untrained "
                 "start against the length of a client's first task vector, a line a rule, a panel "
                 "a sharding")
 
 
 def draw_gains(session: Session, runs: pd.DataFrame, x: str):
-    """(figure, axes): gain over the untrained start against `x`, a panel a sharding."""
+    """(figure, axes, what they leave out): gain over the untrained start against `x`, a panel a
+    sharding."""
     runs = runs.assign(gain=runs.val - runs.start)
     shardings = stored_labels(runs, session.scale.map_shardings, "val")
     order = ["dense", *session.scale.rules]   # of all, so that a rule looks the same everywhere
@@ -1025,10 +1114,10 @@ def draw_gains(session: Session, runs: pd.DataFrame, x: str):
         draw_lines(ax, runs[runs.sharding == where], x, "gain", "rule", order)
         ax.axhline(0, color="0.4", linestyle=":", linewidth=1)
         ax.set_title(words(where))
-    leave_out_collapse(axes[0], runs.gain)
+    left_out = leave_out_collapse(axes[0], runs.gain)
     axes[0].set_ylabel("gain on validation (points)")
     legend_above(fig, len(session.scale.map_rules))
-    return fig, axes
+    return fig, axes, left_out
 
 
 def ranges_of(session: Session) -> dict[tuple, experiments.Range]:
@@ -1151,22 +1240,25 @@ def draw_interference(session: Session):
     """What a client's first vector costs the others against what it gains for itself, by rate; and
     whether the cost at equal gain tells where the rules end."""
     measured = experiments.trade_offs(session)
-    shown = measured[(measured.gain > 0) & (measured.damage > 0)]
-    if shown.empty:
+    if measured.empty:
         note("05_interference: nothing is measured yet")
         return
     shardings = [where for where in nc_labels(session.scale.map_shardings)
-                 if where in set(shown.sharding)]
-    fig, axes = figure(PAGE, 2.0, ncols=len(shardings) + 1, squeeze=False)
+                 if where in set(measured.sharding)]
+    fig, axes = figure(PAGE, 2.2, ncols=len(shardings) + 1, squeeze=False)
     *curves, last = axes[0]
     for ax, where in zip(curves, shardings, strict=True):
         ax.sharey(curves[0])
-        draw_trade_offs(ax, shown[shown.sharding == where], session)
+        draw_trade_offs(ax, measured[measured.sharding == where], session)
         ax.set_title(words(where))
     curves[0].set_ylabel("damage to others (nats)")
     draw_cost(last, measured[measured.sharding == shardings[0]], session)
     last.set_title(words(shardings[0]))
     legend_above(fig, 5)
+    bars = "One seed."
+    if measured.seed.nunique() > 1:
+        bars = "Bars: 95 % t interval over seeds."
+    say_below(fig, f"Lines: means over clients and seeds, where both are positive. {bars}")
     save_figure(session, fig, "05_interference", "Damage that a client's first task vector does to "
                 "other clients against its gain on its own classes, a line a rule along learning "
                 "rates, a panel a sharding; and test accuracy against the damage at equal gain")
@@ -1184,12 +1276,14 @@ def in_curves(rule: str) -> bool:
 
 def draw_trade_offs(ax, measured: pd.DataFrame, session: Session):
     """Damage against gain along the rates, means over seeds, a line a rule; both on log axes."""
+    gains = []
     for i, rule in enumerate(of_trade_offs(session)):
-        part = measured[measured.rule == rule]
-        means = part.groupby("lr")[["gain", "damage"]].mean()
+        means = measured[measured.rule == rule].groupby("lr")[["gain", "damage"]].mean()
+        means = means[(means.gain > 0) & (means.damage > 0)]  # a log axis has no others
         if len(means) and in_curves(rule):
             ax.plot(means.gain, means.damage, label=words(rule), **look(i))
-    ends = [measured.gain.min(), measured.gain.max()]
+            gains += list(means.gain)
+    ends = [min(gains), max(gains)] if gains else []
     ax.plot(ends, ends, color="0.4", linestyle=":", linewidth=1, label="as much as is gained")
     ax.set_yscale("log")
     log_axis(ax, "own gain (nats)")
@@ -1236,8 +1330,7 @@ def damage_table(session: Session) -> pd.DataFrame:
 def consensus_table(session: Session) -> pd.DataFrame:
     """Test accuracy by who calibrates, the overlap with the central mask, and what is sent.
 
-    The last row is the overlap of two central masks from disjoint images: its distance from 1 is
-    chance, and masks of clients are to be compared with it.
+    An overlap is to be compared with that of two central masks, see `noise_floor`.
     """
     runs, _ = section_frames("consensus", session)
     table = interval_table(runs, ["combined by", "share of clients"], "sharding")
@@ -1265,7 +1358,7 @@ def noise_floor(session: Session) -> str:
     if not found:
         return "The overlap of two central masks from disjoint images is not there yet."
     return (f"Two central masks from disjoint sets of {cfg.calibration_images} images overlap by "
-            f"{found['iou']:.2f}: that much is chance.")
+            f"{found['iou']:.2f}: a distance of {1 - found['iou']:.2f} from 1 is chance.")
 
 
 def draw_unlearning(session: Session):
@@ -1289,8 +1382,7 @@ def draw_unlearning(session: Session):
     for ax in axes:
         ax.set_xlabel("α of w − α τ")
     axes[0].legend()
-    fig.supxlabel("One seed, mean over clients. Thin: a run in which they never took part.",
-                  fontsize=6.5, color="0.3")
+    say_below(fig, "One seed, mean over clients. Thin: a run in which they never took part.")
     save_figure(session, fig, "05_unlearning", "Accuracy on a client's own classes and on all "
                 "others against how often its task vector is subtracted, by rule, beside a run "
                 "without these clients")
@@ -1310,14 +1402,21 @@ def own_cells(session: Session, ideas: dict[str, dict]) -> dict[tuple, Config]:
 
 
 def train_own(session: Session, ideas: dict[str, dict]):
-    """Searches the rates of one's own ideas, where the preset searches at all, and trains them."""
+    """Searches the rates of one's own ideas, where the preset searches at all, and trains them.
+
+    Raises Stopped as `train_sections` does.
+    """
     live = Live()
+    done = True
     if session.scale.searches:
-        experiments.search_rates(own_cells(session, ideas).values(), session, live)
-    cells = own_cells(session, ideas)
-    train_all([replace(cfg, seed=s) for s in session.seeds for cfg in cells.values()], session,
-              watch=live)
+        found = experiments.search_rates(own_cells(session, ideas).values(), session, live)
+        done = all(ladder.finished for ladder in found)
+    if done:
+        cells = own_cells(session, ideas)
+        runs = [replace(cfg, seed=s) for s in session.seeds for cfg in cells.values()]
+        done = not train_all(runs, session, watch=live)
     live.finish()
+    stop_unless(done, session)
 
 
 def own_table(session: Session, ideas: dict[str, dict]) -> pd.DataFrame:
@@ -1332,6 +1431,12 @@ def own_table(session: Session, ideas: dict[str, dict]) -> pd.DataFrame:
     own, _ = gather(cfgs, session.store)
     own = own.assign(method="yours: " + own.run.map(named))
     return interval_table(pd.concat([runs.assign(method=method), own]), "method", "sharding")
+
+
+def first_own_run(session: Session, ideas: dict[str, dict]) -> Config:
+    """The run that `train_own` begins with."""
+    cfg = next(iter(own_cells(session, ideas).values()))
+    return experiments.searched_like(cfg, session) if session.scale.searches else cfg
 
 
 def press_stop(cfg: Config, history: Iterable[dict]):
@@ -1412,31 +1517,37 @@ def damage_against(session: Session, rule: str, other: str, where: str) -> str:
 
 
 def best_merge(session: Session, kind: str, where: str) -> tuple:
-    """The label of the merge that is best on validation, FedAvg aside; () without any result."""
+    """The label of the merge that is best on validation, FedAvg aside; () until all are stored."""
     scores = {}
     for label, cfg in experiments.SECTIONS["merges"].cells(session).items():
         if label[0] != "FedAvg" and label[1:] == (kind, where):
-            scores[label] = last_accuracy(session.store.result(cfg))
-    if max(scores.values()) == -math.inf:
-        return ()
+            result = session.store.result(cfg)
+            if result is None:
+                return ()
+            scores[label] = last_accuracy(result)
     return max(scores, key=scores.get)
 
 
 def answer(session: Session, notebook: str, *sentences: str) -> Markdown:
     """The sentences, then what they rest on and what is not there yet."""
     names = [name for name, section in experiments.SECTIONS.items() if section.notebook == notebook]
-    wanted = [cfg for n in names for cfg in experiments._unlike(section_runs(n, session))]
-    missing = sum(session.store.result(cfg) is None for cfg in wanted)
+    wanted = [cfg for cfg, _ in runs_of(names, session).values()]
+    results = [session.store.result(cfg) for cfg in wanted]
+    missing = sum(result is None for result in results)
+    diverged = sum(result is not None and result["status"] == "diverged" for result in results)
     base = session.base
     rests = (f"Backbone {base.weights} at {base.image_size} px, data {base.dataset}, "
              f"{len(session.seeds)} seed(s). ")
     if len(session.seeds) > 1:
-        rests += "± and intervals are 95 % t intervals over seeds."
+        rests += ("± and intervals are 95 % t intervals over seeds, not corrected for how many "
+                  "comparisons there are; where one seed is said, they are of the test images.")
     else:
         rests += ("Intervals (95 %) are of the test images alone: with another seed a difference "
                   "may turn round.")
     if missing:
         rests += f" {missing} of {len(wanted)} runs are not there yet."
+    if diverged:
+        rests += f" {diverged} of {len(wanted)} runs diverged."
     if session.preset == "demo":
         rests += " Preset *demo* shows that everything runs; its accuracies say nothing."
     if base.dataset == "synthetic":
@@ -1500,10 +1611,21 @@ class Panel:
         values = self.chosen()
         name = values.pop("preset")
         if name == self.session.preset:
-            return replace(self.start, **values)
-        # what kind of run it is stays, whatever the preset
-        kind = dict(algorithm=self.start.algorithm, rule=self.start.rule)
-        return preset(name, **kind | values)
+            cfg = replace(self.start, **values)
+        else:
+            # what kind of run it is stays, whatever the preset
+            kind = dict(algorithm=self.start.algorithm, rule=self.start.rule)
+            cfg = preset(name, **kind | values)
+        if cfg.algorithm != self.start.algorithm:
+            # with what the comparison of methods gives it, such as the server's rate
+            for changes in experiments.METHODS.values():
+                if changes.get("algorithm") == cfg.algorithm:
+                    cfg = replace(cfg, **changes)
+        if not cfg.centralized:
+            # as often on the way as the run that the panel begins with: so the sections do it
+            evaluations = max(1, self.start.num_rounds // self.start.eval_every)
+            cfg = replace(cfg, eval_every=max(1, cfg.num_rounds // evaluations))
+        return cfg
 
     @property
     def chosen_session(self) -> Session:
@@ -1569,10 +1691,11 @@ class Panel:
         if cfg.dataset == "cifar100" and session.preset == "demo":
             cfg = or_synthetic(cfg)
         live = Live()
-        train_all([cfg], session, test, live)
+        left = train_all([cfg], session, test, live)
         live.finish()
         self.update()
         print(status_of(cfg, session))
+        stop_unless(not left, session)
 
     def _ipython_display_(self):
         display(widgets.VBox([*self.controls.values(), self.status, self.picture, self.table]))
@@ -1588,8 +1711,13 @@ def panel(session: Session, start: Config, *names: str) -> Panel:
         options[name] = every[name]
     first = {name: getattr(start, name, session.preset) for name in options}
     for name, value in first.items():
-        if value not in options[name]:
-            options[name] = [*options[name], value]  # the run's own, such as its learning rate
+        values = options[name]
+        if value in values:
+            continue
+        if isinstance(values, range):
+            options[name] = range(min(values[0], value), max(values[-1], value) + 1)
+        else:
+            options[name] = [*values, value]  # the run's own, such as its learning rate
 
     made = Panel(session, start, options)
     for name, values in options.items():
@@ -1614,13 +1742,20 @@ def control_of(name: str, values: list | range, first) -> widgets.Widget:
 
 
 def other_session(session: Session, name: str) -> Session:
-    """A session of another preset; opening it loads no data and lists no drive."""
+    """A session of another preset, beside the working copy; opening it loads no data and lists no
+    drive."""
+    results_part, part = experiments.parts_of(session.preset)
+    root = session.store.root.parent if results_part else session.store.root
+    folder = session.figures.parent if part else session.figures
+    figures = folder / experiments.parts_of(name)[1]
     if name == "demo":
-        store = Store(session.store.root / "demo", frozen=session.store.frozen)
-        return replace(session, preset=name, base=preset(name), store=store,
-                       figures=session.figures / "demo", figures_backup=None)
-    opened = open_session(name, session.seeds, workers=session.workers)
-    return replace(opened, stop_at=session.stop_at)
+        store = Store(root / "demo", frozen=session.store.frozen)
+        return replace(session, preset=name, base=preset(name), store=store, figures=figures,
+                       figures_backup=None)
+    needs_no_gpu = session.preset in ("full", "lite")  # or this session would not be open
+    opened = open_session(name, session.seeds, workers=session.workers, on_cpu=needs_no_gpu)
+    return replace(opened, store=Store(root, frozen=session.store.frozen), figures=figures,
+                   stop_at=session.stop_at, tensorboard=session.tensorboard)
 
 
 def backup_of(session: Session, name: str) -> Path | None:

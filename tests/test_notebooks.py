@@ -28,13 +28,13 @@ def session(tmp_path, monkeypatch):
     return made
 
 
-def put(store, cfg, start=0.30, end=0.35, seconds=10.0):
+def put(store, cfg, start=0.30, end=0.35, seconds=10.0, client_norm=2.0, mean_norm=1.0):
     """A stored result whose validation accuracy goes from `start` to `end`, and a point above on
     test."""
     rows = [dict(round=0, val_top1=start, val_loss=3.0, test_top1=start, test_loss=3.0)]
     rows.append(dict(round=cfg.length, lr=cfg.lr, train_loss=2.0, val_loss=2.5, val_top1=end,
-                     test_top1=end, test_loss=2.5, client_norm=2.0, mean_norm=1.0,
-                     bytes_up=1e6, bytes_down=1e6))
+                     test_top1=end, test_loss=2.5, client_norm=client_norm,
+                     mean_norm=mean_norm, bytes_up=1e6, bytes_down=1e6))
     scores = dict(loss=2.0, top1=end + 0.01, top5=0.6)
     mask = dict(per_layer={"attn.query.weight": [30, 100], "mlp.fc1.weight": [0, 100]}, bytes_up=1)
     result = dict(
@@ -103,7 +103,7 @@ def test_a_figure_of_which_nothing_is_stored_says_so_and_leaves_no_file(
 
 def test_a_figure_with_gaps_counts_them(session):
     cfgs = section_runs("grid", session)
-    for cfg in cfgs[:10]:
+    for cfg in cfgs[10:20]:  # of both seeds
         put(session.store, cfg)
     fig, _ = figures.figure()
     figures.note_missing(session, fig, "grid")
@@ -225,6 +225,101 @@ def test_training_a_section_calls_the_picture(session, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert f"{run_name(CFG)}: 2 of 4, validation" in said
     assert f"{run_name(CFG)}: 4 of 4, validation" in said
+
+
+@pytest.mark.parametrize(("stop_at", "frozen", "raises"), [
+    (math.inf, False, True),
+    (-math.inf, False, False),  # at the end of HOURS no cell trains, and all show what is stored
+    (math.inf, True, False),
+])
+def test_a_stopped_section_stops_the_cells_below(session, monkeypatch, stop_at, frozen, raises):
+    trained = []
+
+    def run_section(name, session, live):
+        trained.append(name)
+        return [CFG]  # something is left
+    monkeypatch.setattr(experiments, "run_section", run_section)
+    store = utils.Store(session.store.root, frozen=frozen)
+    stopped = replace(session, stop_at=stop_at, store=store)
+    if raises:
+        with pytest.raises(figures.Stopped) as told:
+            figures.train_sections(stopped, "rules", "half")
+        shown = told.value._render_traceback_()  # what IPython shows
+        assert "go on from here" in shown[0]
+    else:
+        figures.train_sections(stopped, "rules", "half")
+    assert trained == ["rules"]
+
+
+def test_ones_own_ideas_are_not_trained_at_rates_half_searched(session, monkeypatch):
+    session = replace(session, preset="small", scale=experiments.SCALES["small"])
+    ideas = {"mine": dict(rule="random")}
+    monkeypatch.setattr(experiments, "search_rates", lambda cfgs, session, live: [
+        experiments.Ladder(cfg, {}, None, (0.1,)) for cfg in cfgs])
+    monkeypatch.setattr(figures, "train_all", lambda *args, **options: pytest.fail("trained"))
+    with pytest.raises(figures.Stopped):
+        figures.train_own(session, ideas)
+
+
+# ------------------------------------------------------------------ plans and notes
+def test_a_run_of_several_sections_counts_once_in_the_sum(session, monkeypatch):
+    first, second, third = (replace(CFG, seed=s) for s in range(3))
+    for name, cfgs in (("rules", (first, second)), ("half", (second, third))):
+        section = replace(SECTIONS[name], searched=False, every_seed=False,
+                          cells=lambda s, cfgs=cfgs: {(cfg.seed, ""): cfg for cfg in cfgs})
+        monkeypatch.setitem(SECTIONS, name, section)
+    monkeypatch.setattr(experiments, "section_runs", lambda name, session: list(
+        SECTIONS[name].cells(session).values()))
+    monkeypatch.setattr(figures, "section_runs", experiments.section_runs)
+    put(session.store, second)
+    table = figures.plan(session, "rules", "half")
+    assert table.runs.to_dict() == {"rules": 2, "half": 2, "all": 3}
+    assert table.stored.to_dict() == {"rules": 1, "half": 1, "all": 1}
+
+
+def test_bars_are_named_where_there_are_bars(session):
+    cfgs = section_runs("grid", session)
+    for cfg in cfgs:
+        if cfg.seed == 0:
+            put(session.store, cfg)
+    fig, _ = figures.figure()
+    figures.note_missing(session, fig, "grid", also="And more.")
+    said = fig.get_supxlabel()
+    assert said.startswith("One seed. ")
+    assert said.endswith(" And more.")
+
+
+def test_what_a_picture_leaves_out_is_said():
+    _, ax = figures.figure()
+    assert figures.leave_out_collapse(ax, [40.0, 39.0, 10.0, math.nan]) == (
+        "1 of 4 runs end below the axis, 1 diverged.")
+    assert figures.leave_out_collapse(ax, [40.0, 39.0]) == ""
+
+
+# ------------------------------------------------------------------ drift
+def test_clients_are_compared_at_one_rate(session):
+    """Norms of orthogonal vectors, and of equal ones; of rates in both the one in the middle."""
+    cells = SECTIONS["grid"].cells(session)
+    clients = utils.cohort_size(session.base.num_clients, session.base.participation)
+    steps = session.scale.local_steps[0]
+    means = {"IID": 1.0, "Nc=1": 1 / math.sqrt(clients)}   # all agree; none agrees with another
+    shardings = [where for where in means if (where, steps) in cells]
+    for where in shardings:
+        like = experiments.searched_like(cells[where, steps], session)
+        for lr in (0.001, 0.01):
+            put(session.store, replace(like, lr=lr), client_norm=2 * lr, mean_norm=2 * lr
+                * means[where])
+    drift = figures.drift_of(session)
+    assert set(drift.lr) == {0.001, 0.01}
+    for where in shardings:
+        part = drift[drift.sharding == where]
+        assert part.speed.tolist() == pytest.approx([2.0, 2.0])
+        agreement = 1.0 if where == "IID" else 0.0
+        assert part.cosine.tolist() == pytest.approx([agreement, agreement], abs=1e-9)
+    assert len(shardings) == 2
+    lr, iid, one = figures.drift_at_one_rate(session, *shardings)
+    assert lr in (0.001, 0.01)
+    assert (iid.cosine, one.cosine) == pytest.approx((1.0, 0.0), abs=1e-9)
 
 
 # ------------------------------------------------------------------ answers

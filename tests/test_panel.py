@@ -144,6 +144,43 @@ def test_runs_of_another_preset_reach_the_drive_and_mind_the_time(session, tmp_p
     assert figures.backup_of(session, "demo") is None
 
 
+def test_any_length_is_evaluated_as_the_sections_do_it(session):
+    """Else no run of a section but the first choice could be reached: it is part of the key."""
+    start = replace(experiments.with_steps(START, 64), num_rounds=16, eval_every=4)
+    chosen = panel(session, start, "local_steps", "num_rounds")
+    choose(chosen, "local_steps", 8)
+    chosen.controls["num_rounds"].value = 8
+    assert chosen.cfg == experiments.with_steps(replace(start, local_steps=8), 64)
+
+
+def test_a_chosen_method_has_the_servers_rate_of_the_comparison(session):
+    chosen = panel(session, START, "algorithm")
+    choose(chosen, "algorithm", "fedadam")
+    assert chosen.cfg.server_lr == experiments.METHODS["FedAdam"]["server_lr"]
+    choose(chosen, "algorithm", START.algorithm)
+    assert chosen.cfg == START
+
+
+def test_another_preset_lies_beside_the_working_copy(session, tmp_path):
+    """Not in the project's own folder, which may be on a drive that is slow."""
+    moved = replace(session, preset="full", store=utils.Store(tmp_path / "elsewhere"),
+                    figures=tmp_path / "pictures/full", tensorboard=True)
+    other = figures.other_session(moved, "lite")  # no GPU is asked for: `full` was opened without
+    assert (other.store.root, other.figures) == (tmp_path / "elsewhere", tmp_path / "pictures/lite")
+    assert other.tensorboard
+    demo = figures.other_session(moved, "demo")
+    assert (demo.store.root, demo.figures) == (tmp_path / "elsewhere/demo",
+                                               tmp_path / "pictures/demo")
+    back = figures.other_session(demo, "small")
+    assert (back.store.root, back.figures) == (tmp_path / "elsewhere", tmp_path / "pictures")
+
+
+def test_a_seed_beyond_the_fields_range_widens_it(session):
+    chosen = panel(session, replace(START, seed=2024), "seed")
+    assert chosen.cfg.seed == 2024
+    assert isinstance(chosen.controls["seed"], widgets.BoundedIntText)
+
+
 def test_running_stops_cleanly_and_goes_on(session, monkeypatch, capsys):
     chosen = panel(session, START, *NAMES)
     honest = utils.federated_round
@@ -153,7 +190,8 @@ def test_running_stops_cleanly_and_goes_on(session, monkeypatch, capsys):
             raise KeyboardInterrupt
         return honest(run, state)
     monkeypatch.setattr(utils, "federated_round", stop_in_round_3)
-    chosen.run()
+    with pytest.raises(figures.Stopped):  # or *Run all* would go on with the next cell
+        chosen.run()
     assert "Run this again" in capsys.readouterr().out
     assert "2 of 4 rounds stored, will run 2" in shown(chosen)
     assert "at round 2" in chosen.picture.value
