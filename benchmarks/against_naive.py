@@ -8,6 +8,7 @@ process.
 import copy
 import json
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -95,16 +96,15 @@ def average(states: list[dict], sizes: list[int]) -> dict:
     return mean
 
 
-def plain_round(model, images: Images, run: Run, t: int):
+def plain_round(model, images: Images, shards: list, cfg: Config, t: int):
     """Trains the round's cohort client by client and leaves the average in `model`."""
-    cfg = run.cfg
     lr = learning_rate(cfg, t / cfg.num_rounds)
     states, sizes = [], []
     for k in cohort(cfg.num_clients, cfg.participation, "cohort", cfg.seed, t):
-        loader = DataLoader(Subset(images, run.shards[k]), cfg.batch_size, shuffle=True)
+        loader = DataLoader(Subset(images, shards[k]), cfg.batch_size, shuffle=True)
         weights, _ = local_training(copy.deepcopy(model), loader, cfg, lr)
         states.append(copy.deepcopy(weights))
-        sizes.append(len(run.shards[k]))
+        sizes.append(len(shards[k]))
     model.load_state_dict(average(states, sizes))
 
 
@@ -113,7 +113,8 @@ def plain_side(run: Run):
     """The plain loop's round, ready to be timed."""
     model = copy.deepcopy(run.model)
     images = plain_images(run.data, run.cfg.image_size)
-    return lambda: plain_round(model, images, run, 0)
+    # not of the run itself, whose tensors would be held beside the loop's own
+    return partial(plain_round, model, images, run.shards, run.cfg, 0)
 
 
 def time_of(cfg: Config, what: str, pairs: int) -> dict:
@@ -133,7 +134,10 @@ def peak_of(cfg: Config) -> dict:
 def one_side(side: str, cfg: Config):
     """Prints the peak memory of one round of one side."""
     run, state = start(cfg)
-    work = plain_side(run) if side == "plain" else lambda: federated_round(run, state)
+    work = partial(federated_round, run, state)
+    if side == "plain":
+        work = plain_side(run)
+        del run, state
     forget_peak()
     work()
     print(json.dumps(dict(peak=peak())))

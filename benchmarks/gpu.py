@@ -97,7 +97,7 @@ def at_precision(run: Run, name: str) -> Run:
 
 
 def precision_rows(run: Run, state: State, pairs: int) -> list[dict]:
-    """A round in fp16 and in float32 (without TF32) over one in bf16."""
+    """A round in fp16 and in float32 (matrix products without TF32) over one in bf16."""
     work = {}
     for name in ("bf16", "fp16", "float32"):
         work[name] = partial(federated_round, at_precision(run, name), state)

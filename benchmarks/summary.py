@@ -22,8 +22,10 @@ ROWS = {
     ("against_naive_cpu", "peak memory"): "its peak memory, over a plain loop",
     ("gpu_gpu", "round: fp16 over bf16"): "on the GPU, a round in fp16, over bf16",
     ("gpu_gpu", "round: float32 over bf16"): "on the GPU, a round in float32, over bf16",
-    ("against_flower_cpu", "round"): "a round, over Flower's simulation engine",
-    ("against_flower_cpu", "peak memory"): "its peak memory, over Flower's simulation engine",
+    ("against_flower_cpu", "round"):
+        "a round in two processes, over Flower's simulation engine in two",
+    ("against_flower_cpu", "peak memory"):
+        "peak memory of a lighter round in one process, over Flower's simulation engine in two",
 }
 
 

@@ -20,6 +20,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from train import configure, open_store
 
+import utils
 from utils import (
     ALGORITHMS,
     HEAD,
@@ -58,15 +59,16 @@ def overrides(cfg: Config, hook: str) -> bool:
 
 
 def check_algorithm(cfg: Config):
-    """ValueError for runs without clients, and for those whose clients keep a state."""
+    """ValueError for runs without clients, and where the server's state steers the clients' steps.
+    """
     advice = "choose another, or start distributed/train.py, by torchrun for several devices"
     if cfg.centralized:
         raise ValueError(f"algorithm='centralized' does not run on Flower: {advice}")
-    # What clients say and what their steps then follow is kept for each of them, as in SCAFFOLD:
-    # as large as the model, times the number of clients, in every message to a node.
+    # What clients say and what their steps then follow may be kept for each of them, as in
+    # SCAFFOLD: as large as the model, times the number of clients, in every message to a node.
     if overrides(cfg, "local_gradient") and overrides(cfg, "client_message"):
-        raise ValueError(f"algorithm={cfg.algorithm!r} does not run on Flower: its clients keep a "
-                         f"state between rounds ({advice})")
+        raise ValueError(f"algorithm={cfg.algorithm!r} does not run on Flower: its clients' steps "
+                         f"follow a state that their messages make ({advice})")
 
 
 # ------------------------------------------------------------------ what travels
@@ -130,8 +132,8 @@ def setup_of(run: Run) -> ConfigRecord:
 
 def identity(run: Run) -> dict:
     """What server and node must agree on, as JSON has it."""
-    key = run_key(run.cfg)
-    return json.loads(json.dumps(key | run.provenance))
+    agreed = run_key(run.cfg) | run.provenance | dict(code_sha256=utils.CODE_SHA256)
+    return json.loads(json.dumps(agreed))
 
 
 # ------------------------------------------------------------------ a node

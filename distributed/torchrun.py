@@ -8,6 +8,7 @@ with another number of processes.
 import os
 from collections.abc import Iterable
 from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from functools import partial
 
 import torch
@@ -34,8 +35,11 @@ from utils import (
     unflatten,
 )
 
-
 # ------------------------------------------------------------------ the process group
+# Ranks wait for rank 0, which may wait for another process that trains the same run.
+TIMEOUT = timedelta(days=1)
+
+
 def init_process_group(cfg: Config):
     """Joins the processes that torchrun started; ValueError for a run that cannot be shared out."""
     world_size = int(os.environ["WORLD_SIZE"])
@@ -45,9 +49,9 @@ def init_process_group(cfg: Config):
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         # tensors go by NCCL, Python objects by gloo
-        dist.init_process_group("cpu:gloo,cuda:nccl")
+        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=TIMEOUT)
     else:
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", timeout=TIMEOUT)
 
 
 def destroy_process_group():
@@ -208,13 +212,24 @@ class SharedStore(Store):
 
 
 # ------------------------------------------------------------------ a run
+def download(cfg: Config):
+    """One process of each machine gets the data set, for the others to find on disk; an error there
+    is raised on every rank."""
+    error = None
+    if os.environ["LOCAL_RANK"] == "0":
+        try:
+            utils.load_data(cfg)
+        except Exception as raised:
+            error = raised
+    for other in all_gather_object(error):
+        if other is not None:
+            raise other
+
+
 def train(cfg: Config, store: Store) -> dict:
     """`utils.train` by all processes of the group; the result is the same on each."""
-    def download():
-        utils.load_data(cfg)
-
     check_same_run(cfg)
-    broadcast_object(download)  # the others find the data set on disk
+    download(cfg)
     step = None
     if not cfg.centralized:
         step = partial(federated_round, train_cohort=train_cohort)

@@ -222,6 +222,18 @@ def test_a_node_with_another_backbone_refuses(small, stores, monkeypatch):
         federated_round(run, state, train_cohort=by(nodes))
 
 
+def test_a_node_with_other_code_refuses(small, stores, monkeypatch):
+    run, state = open_run(BASE, stores[0])
+    honest = app.open_run
+
+    def edited(*args, **kwargs):  # on the node, after the server has said what it is
+        monkeypatch.setattr(app.utils, "CODE_SHA256", "another")
+        return honest(*args, **kwargs)
+    monkeypatch.setattr(app, "open_run", edited)
+    with pytest.raises(ValueError, match="not the server's, they differ in .'code_sha256'"):
+        federated_round(run, state, train_cohort=by(Nodes(1)))
+
+
 @pytest.mark.parametrize("algorithm", ["scaffold", "centralized"])
 def test_what_does_not_run_on_flower_is_refused(algorithm):
     context = SimpleNamespace(run_config=dict(
