@@ -604,7 +604,8 @@ def damage_over_gain(change: Tensor, own: Tensor, everyone: Tensor) -> dict:
 
 def weighted_mean(values: Tensor, counts: Tensor) -> Tensor:
     """Means (rows,) of values (rows, n) by counts (rows, n); 0 where there is none."""
-    total = (values * counts).sum(1)
+    # an infinite loss of a class that nobody has must not make a NaN of the mean
+    total = torch.where(counts > 0, values * counts, 0).sum(1)
     return total / counts.sum(1).clamp(min=1)
 
 
@@ -669,6 +670,8 @@ def overlap(a: Params, b: Params) -> float:
 def measures_sha256() -> str:
     """Of all that measures: an edited measure never returns what an older one found."""
     measures = (
+        rows_by_tensor,
+        square_of,
         pairwise_cosines,
         pairwise_sign_agreement,
         weighted_sign_agreement,
@@ -680,8 +683,10 @@ def measures_sha256() -> str:
         disentanglement_error,
         localization_error,
         overlap,
+        without_nan,
         sample,
         answers,
+        number_of_classes,
         class_counts,
         cohort_vectors,
         diagnose,
@@ -700,11 +705,12 @@ def measures_sha256() -> str:
 
 
 def kept(kind: str, cfg: Config, store: Store, options: dict,
-         measure: Callable[[Run, State], dict]) -> dict:
+         measure: Callable[[Run, State], dict], unread: tuple[str, ...] = ()) -> dict:
     """`measure(run, state)` at the run's weights, once: kept in notes/, {} in a frozen store.
 
-    `options["at"]` is "last" for the weights of the finished run, "start" for those before the
-    first round. Clients train by plain FedAvg for the measurement, whatever the run's algorithm.
+    Runs that differ in fields that are `unread` alone have one note. `options["at"]` is "last" for
+    the weights of the finished run, "start" for those before the first round. Clients train by
+    plain FedAvg for the measurement, whatever the run's algorithm.
     Raises ValueError where the last weights are asked for and are not stored.
     """
     at = options["at"]
@@ -714,6 +720,8 @@ def kept(kind: str, cfg: Config, store: Store, options: dict,
     # The history tells one training of a run from another, by other code for instance.
     trained = json_sha256(result["history"]) if result else None
     key = dict(run_key(cfg), options=options, trained=trained, code=measures_sha256())
+    for name in unread:
+        del key[name]
 
     def compute():
         run, state = open_run(cfg, store, resume=at == "last")
@@ -882,9 +890,9 @@ def trade_off(cfg: Config, store: Store, rates: Iterable[float], images: int = 1
     Vectors of two rules at one rate differ in how far they go; compare damages at equal gain, with
     `damage_at`. Of the cohort of the first round, at the untrained start: `clients`, and `gain` and
     `damage` (rates, clients) of `damage_over_gain` in nats, None where a vector is not finite. The
-    rate of `cfg` plays no part. With IID clients own classes are everyone's: damage = -gain.
+    rate of `cfg` plays no part but for a sparse run's head that is trained. With IID clients own
+    classes are everyone's: damage = -gain.
     """
-    cfg = replace(cfg, lr=1.0)
     rates = sorted(rates)
     options = dict(at="start", images=images, rates=rates)
 
@@ -903,7 +911,9 @@ def trade_off(cfg: Config, store: Store, rates: Iterable[float], images: int = 1
             found["gain"].append(moved["gain"])
             found["damage"].append(moved["damage"])
         return dict(found, clients=clients)
-    return kept("trade_off", cfg, store, options, measure)
+    # a sparse run's head that is trained first is so at the run's rate
+    unread = () if cfg.head == "train" and cfg.rule else ("lr",)
+    return kept("trade_off", cfg, store, options, measure, unread)
 
 
 def damage_at(gains: Iterable[float], damages: Iterable[float], gain: float) -> float:
@@ -996,6 +1006,8 @@ def overlaps(cfgs: list[Config], store: Store) -> dict:
     def compute():
         masks = []
         for cfg in cfgs:
+            if cfg.rule is None:
+                raise ValueError(f"{run_name(cfg)} trains all weights: it has no mask to overlap")
             run, _ = open_run(cfg, store)
             masks.append(run.mask)
         return {"iou": [[overlap(a, b) for b in masks] for a in masks]}

@@ -1,4 +1,7 @@
 """Measures of task vectors, predictions and masks: by hand, and of finished runs."""
+import ast
+import inspect
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -82,6 +85,13 @@ def test_damage_and_gain_by_hand():
     assert found["damage"] == pytest.approx([(20 * 0.5 + 60 * 0.25) / 80,
                                              (10 * 0.2 + 40 * 0.1) / 50])
     assert found["ratio"] == pytest.approx(sum(found["damage"]) / sum(found["gain"]))
+
+
+def test_an_infinite_loss_of_a_class_that_one_does_not_have_is_not_ones_own():
+    found = damage_over_gain(torch.tensor([[-0.1, np.inf]]), torch.tensor([[5, 0]]),
+                             torch.tensor([5, 5]))
+    assert found["gain"] == pytest.approx([0.1])
+    assert found["damage"] == [math.inf]
 
 
 def test_no_ratio_where_nothing_is_gained():
@@ -216,6 +226,27 @@ def test_an_edited_measure_measures_again(finished, monkeypatch):
     assert again["cosine"] == first["cosine"]
 
 
+def test_whatever_a_measure_calls_is_among_the_measures():
+    """Else an edit of what it calls would return what was measured before."""
+    functions = {name: value for name, value in vars(extension).items()
+                 if inspect.isfunction(value) and value.__module__ == extension.__name__}
+
+    def called(name):
+        tree = ast.parse(inspect.getsource(functions[name]))
+        names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+        return names & functions.keys() - {name}
+    measures = called("measures_sha256")
+    assert len(measures) > 20
+    for name in measures:
+        assert called(name) <= measures | {"kept", "measures_sha256"}, name
+    assert called("kept") <= measures | {"measures_sha256"}
+
+
+def test_weights_without_a_mask_overlap_with_nothing(tmp_path):
+    with pytest.raises(ValueError, match=f"{utils.run_name(CFG)} trains all weights"):
+        overlaps([CFG], Store(tmp_path))
+
+
 def test_the_start_can_be_diagnosed_without_a_run_but_not_the_end(tmp_path, monkeypatch):
     make_small(monkeypatch)
     store = Store(tmp_path, quiet=True)
@@ -242,6 +273,9 @@ def test_the_trade_off_has_each_rate_as_a_diagnosis_at_that_rate(tmp_path, monke
     frozen = Store(tmp_path, frozen=True)
     # the rate of the run plays no part; other rates are another measurement
     assert trade_off(replace(SKEWED, lr=0.5), frozen, [0.01, 0.1], images=1000) == found
+    named = replace(SKEWED, name="mine")  # the run of that name has a rate of its own
+    utils.train(replace(named, num_rounds=1), store)
+    assert trade_off(replace(named, num_rounds=1), store, [0.01], images=1000)
     assert trade_off(SKEWED, frozen, [0.01], images=1000) == {}
 
 
