@@ -343,7 +343,7 @@ def map_ends(shown: dict[str, dict[str, Gains]]) -> tuple:
 # ------------------------------------------------------------------ all of them
 def make_tables(cells: Cells, session: Session) -> dict[str, str]:
     shown = on_map(read_gains(session), session)
-    servers = cells["methods"] | cells["merges"] | cells["matched_merges"]
+    servers = cells["methods"] | cells["merges"]
     return {
         "protocol": protocol_table(cells["protocol"]),
         "central": central_table(cells),
