@@ -154,7 +154,7 @@ def test_the_plain_loop_ends_in_the_weights_of_our_round(small):
     run, state = whole_shards(replace(CFG, local_steps=3))
     model = against_naive.copy.deepcopy(run.model)
     images = against_naive.plain_images(run.data, 32, augmented=False)
-    against_naive.plain_round(model, images, run, 0)
+    against_naive.plain_round(model, images, run.shards, run.cfg, 0)
     after = utils.federated_round(run, state)
     plain = dict(model.named_parameters())
     for n, w in after.params.items():
