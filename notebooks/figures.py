@@ -1621,7 +1621,7 @@ class Panel:
             for changes in experiments.METHODS.values():
                 if changes.get("algorithm") == cfg.algorithm:
                     cfg = replace(cfg, **changes)
-        if not cfg.centralized:
+        if not cfg.centralized and cfg.num_rounds != self.start.num_rounds:
             # as often on the way as the run that the panel begins with: so the sections do it
             evaluations = max(1, self.start.num_rounds // self.start.eval_every)
             cfg = replace(cfg, eval_every=max(1, cfg.num_rounds // evaluations))

@@ -147,6 +147,8 @@ def test_runs_of_another_preset_reach_the_drive_and_mind_the_time(session, tmp_p
 def test_any_length_is_evaluated_as_the_sections_do_it(session):
     """Else no run of a section but the first choice could be reached: it is part of the key."""
     start = replace(experiments.with_steps(START, 64), num_rounds=16, eval_every=4)
+    uneven = replace(START, num_rounds=8, eval_every=3)
+    assert panel(session, uneven, "num_rounds").cfg == uneven
     chosen = panel(session, start, "local_steps", "num_rounds")
     choose(chosen, "local_steps", 8)
     chosen.controls["num_rounds"].value = 8
