@@ -911,7 +911,7 @@ def draw_drift(session: Session):
         note("03_drift: no rate is stored yet")
         return
     order = nc_labels(session.scale.shardings)
-    fig, (left, right) = figure(PAGE, 2.2, ncols=2)
+    fig, (left, right) = figure(PAGE, 1.8, ncols=2)
     draw_lines(left, drift, "lr", "cosine", "sharding", order)
     draw_lines(right, drift, "lr", "speed", "sharding", order)
     left.set_ylabel("mean cosine of two clients")
@@ -1245,7 +1245,7 @@ def draw_interference(session: Session):
         return
     shardings = [where for where in nc_labels(session.scale.map_shardings)
                  if where in set(measured.sharding)]
-    fig, axes = figure(PAGE, 2.2, ncols=len(shardings) + 1, squeeze=False)
+    fig, axes = figure(PAGE, 2.0, ncols=len(shardings) + 1, squeeze=False)
     *curves, last = axes[0]
     for ax, where in zip(curves, shardings, strict=True):
         ax.sharey(curves[0])
