@@ -44,6 +44,7 @@ from notebooks.experiments import (
     flop_of,
     gather,
     interval_table,
+    is_done,
     last_accuracy,
     open_session,
     or_synthetic,
@@ -250,7 +251,7 @@ def plan(session: Session, *names: str) -> pd.DataFrame:
         minutes = (flop + search_flop) / speed / session.workers / 60
         rows[group] = dict(
             runs=len(runs),
-            stored=sum(is_stored(cfg, session.store, test) for cfg, test in runs.values()),
+            stored=sum(is_done(cfg, session.store, test) for cfg, test in runs.values()),
             searches_left=searches,
             minutes_left=round(minutes, 1))
     frame = pd.DataFrame.from_dict(rows, orient="index").rename_axis("section")
@@ -269,13 +270,9 @@ def runs_of(sections: Iterable[str], session: Session) -> dict[str, tuple[Config
     return found
 
 
-def is_stored(cfg: Config, store: Store, test: bool) -> bool:
-    return experiments.is_done(cfg, store, test)
-
-
 def flop_left(cfg: Config, store: Store, test: bool) -> float:
     """FLOP that a run still needs."""
-    if is_stored(cfg, store, test):
+    if is_done(cfg, store, test):
         return 0.0
     left = 1 - rounds_stored(cfg, store) / cfg.length
     return left * flop_of(cfg, test)
