@@ -103,12 +103,12 @@ def open_session(preset_name: str, seeds: int | Iterable[int] | None = None,
                  workers: int | None = None, tensorboard: bool = False) -> Session:
     """The session of a preset.
 
-    `seeds` is their number or a list of them (default: 3, in "demo" 1). Results are in results/ of
-    the project or in $RESULTS_DIR, figures in figures/ or in $RESULTS_DIR/figures, in the folders
-    of `parts_of`; with a `drive` folder both are copied there. `hours` is the time after
-    which training stops by itself. `workers` is how many runs are trained side by side (default: 1
-    on a GPU, else the number of cores). TRAIN=no in the environment freezes the store. "demo"
-    takes synthetic images where CIFAR-100 cannot be had, with a warning.
+    `seeds` is their number or a list of them (default: those of the preset's scale). Results are in
+    results/ of the project or in $RESULTS_DIR, figures in figures/ or in $RESULTS_DIR/figures, in
+    the folders of `parts_of`; with a `drive` folder both are copied there. `hours` is the time
+    after which training stops by itself. `workers` is how many runs are trained side by side
+    (default: 1 on a GPU, else the number of cores). TRAIN=no in the environment freezes the store.
+    "demo" takes synthetic images where CIFAR-100 cannot be had, with a warning.
 
     Raises ValueError for an unknown preset, and RuntimeError where "full" or "lite" would train
     without a GPU, unless `on_cpu`.
@@ -124,7 +124,7 @@ def open_session(preset_name: str, seeds: int | Iterable[int] | None = None,
     if preset_name == "demo":
         base = or_synthetic(base)
     if seeds is None:
-        seeds = 1 if preset_name == "demo" else 3
+        seeds = SCALES[preset_name].seeds
     if isinstance(seeds, int):
         seeds = range(seeds)
     seeds = tuple(seeds)
@@ -224,6 +224,8 @@ class Scale:
     skews: tuple                   # Nc of consensus and methods
     # {field: {value: value}}: cells with the first take the rate that is searched with the second
     stand_ins: dict = field(default_factory=dict)
+    seeds: tuple[int, ...] = (0, 1, 2)  # where a session asks for no others
+    more_seeds: tuple[int, ...] = ()    # beside these, of the sections that ask for them
 
 
 ALL_RULES = ("least_sensitive", "most_sensitive", "lowest_magnitude", "highest_magnitude",
@@ -247,8 +249,9 @@ _SMALL = Scale(
     half_once_rules=("least_sensitive", "shuffled"),
     map_rules=(None, "least_sensitive", "most_sensitive", "random"),
     map_shardings=(None, 10, 1), map_rungs=(-3, -2, -1, 0, 1, 2, 3), more_rounds=4,
-    longer_rules=(None, "least_sensitive", "random"), longer_rungs=(0, 1, 2, 3, -1, -2),
-    consensus=CONSENSUS[:4], client_images=128, recalibration_skews=(10, 1), skews=(10, 1))
+    longer_rules=(None, "least_sensitive", "random"), longer_rungs=(0, 1, 2, 3, 4, -1, -2),
+    consensus=CONSENSUS[:4], client_images=128, recalibration_skews=(10, 1), skews=(10, 1),
+    more_seeds=(3, 4))
 
 # lite: a T4 for at most 10 hours, with one seed. A search costs four runs, so rates are searched
 # at a quarter of the sweeps' length, at three shardings and one J; what is shown is as long as can
@@ -259,7 +262,7 @@ _LITE = replace(
     sparsities=(0.0, 0.5, 0.8, 0.9, 0.95, 0.99), calibration_rounds=(1, 2, 4, 8),
     rule_shardings=(None, 10, 5, 1), half_shardings=(None, 10), consensus=CONSENSUS,
     map_rules=(None, "least_sensitive", "random"), map_shardings=(None, 1),
-    map_rungs=(-2, -1, 0, 1, 2, 3), longer_rungs=(0, 1, 2, -1),
+    map_rungs=(-2, -1, 0, 1, 2, 3), longer_rungs=(0, 1, 2, -1), more_seeds=(),
     stand_ins={
         "classes_per_client": {50: None, 5: 10}, "local_steps": {8: 4, 16: 4},
         "calibration_rounds": {1: 4, 2: 4, 8: 4}, "rule": {"shuffled": "random"},
@@ -280,7 +283,7 @@ _DEMO = replace(
     rule_shardings=(None, 1), half_shardings=(10,), map_rules=(None, "least_sensitive"),
     map_shardings=(1,), map_rungs=(0, 1), more_rounds=2, longer_rules=(None, "least_sensitive"),
     longer_rungs=(0, 1), consensus=CONSENSUS[:4], client_images=12, recalibration_skews=(5,),
-    skews=(5,))
+    skews=(5,), seeds=(0,), more_seeds=())
 
 SCALES = {"full": _FULL, "lite": _LITE, "small": _SMALL, "demo": _DEMO}
 
@@ -289,7 +292,7 @@ SCALES = {"full": _FULL, "lite": _LITE, "small": _SMALL, "demo": _DEMO}
 # run is about as long, with the weight decay, batch size and schedule that "small" chose.
 _BACKBONE = replace(
     _SMALL, headline=256, baseline_epochs=2, search_epochs=2, decays=(5e-3,), batches=(32,),
-    schedules=("cosine",), rules=("least_sensitive", "random"))
+    schedules=("cosine",), rules=("least_sensitive", "random"), more_seeds=())
 
 
 def on_vits16(session: Session) -> Session:
@@ -682,6 +685,7 @@ class Section:
     columns: tuple[str, ...]        # what the parts of a label are
     searched: bool = True           # every cell's rate is searched first
     every_seed: bool = True         # False: seed 0 alone
+    more_seeds: bool = False        # a finding hangs on it: see `seeds_of`
     test: bool = True               # False: a choice, made on validation alone
     keep: bool = False              # the weights of finished runs, for what is measured on them
     rests_on: tuple[str, ...] = ()  # sections whose rates, or choices, its cells take
@@ -706,9 +710,9 @@ SECTIONS = {
                           rests_on=("centralized_schedules",)),
     "sparsity": Section("04", sparsity, ("sharding", "sparsity"), keep=True),
     "calibration": Section("04", calibration, ("sharding", "calibration_rounds"), keep=True),
-    "rules": Section("05", rules, ("rule", "sharding"), keep=True),
-    "half": Section("05", half, ("rule", "sharding")),
-    "half_once": Section("05", half_once, ("rule", "sharding")),
+    "rules": Section("05", rules, ("rule", "sharding"), keep=True, more_seeds=True),
+    "half": Section("05", half, ("rule", "sharding"), more_seeds=True),
+    "half_once": Section("05", half_once, ("rule", "sharding"), more_seeds=True),
     "rate_map": Section("05", rate_map, ("rule", "sharding", "lr"), searched=False,
                         every_seed=False, test=False, rests_on=("rules",)),
     "longer_rates": Section("05", longer_rates, ("rule", "lr"), searched=False, every_seed=False,
@@ -727,10 +731,23 @@ SECTIONS = {
 }
 
 
+def seeds_of(section: Section, session: Session) -> tuple[int, ...]:
+    """The seeds of a section's runs: the session's, the first of them, or more than these.
+
+    More only where the session has those of its preset: who asks for one seed gets one.
+    """
+    if not section.every_seed:
+        return session.seeds[:1]
+    scale = session.scale
+    if section.more_seeds and session.seeds == scale.seeds:
+        return scale.seeds + scale.more_seeds
+    return session.seeds
+
+
 def section_runs(name: str, session: Session) -> list[Config]:
     """The runs of a section, all of seed 0 before any of the next."""
     section = SECTIONS[name]
-    seeds = session.seeds if section.every_seed else session.seeds[:1]
+    seeds = seeds_of(section, session)
     return [replace(cfg, seed=s) for s in seeds for cfg in section.cells(session).values()]
 
 
@@ -1473,7 +1490,7 @@ def section_frames(name: str, session: Session, quiet: bool = False
     section = SECTIONS[name]
     runs, history = gather(section_runs(name, session), session.store, quiet)
     labels = []
-    seeds = session.seeds if section.every_seed else session.seeds[:1]
+    seeds = seeds_of(section, session)
     for label, cfg in section.cells(session).items():
         for seed in seeds:
             row = dict(zip(section.columns, label, strict=True))

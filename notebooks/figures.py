@@ -1444,10 +1444,12 @@ def press_stop(cfg: Config, history: Iterable[dict]):
 # ------------------------------------------------------------------ answers
 def versus(session: Session, section: str, a: tuple, b: tuple) -> Comparison:
     """Test accuracy of one cell of a section less that of another, paired by seed."""
-    cells = experiments.SECTIONS[section].cells(session)
+    about = experiments.SECTIONS[section]
+    cells = about.cells(session)
     if a not in cells or b not in cells:
         return experiments.NOTHING
-    runs = [[replace(cells[label], seed=s) for s in session.seeds] for label in (a, b)]
+    seeds = experiments.seeds_of(about, session)
+    runs = [[replace(cells[label], seed=s) for s in seeds] for label in (a, b)]
     return experiments.compare(*runs, session.store)
 
 
@@ -1472,8 +1474,10 @@ def signed(points: float) -> str:
 
 def accuracy(session: Session, section: str, label: tuple, value: str = "test") -> str:
     """"33.1 ± 0.4 %" of a cell, or that it is not there yet."""
-    cells = experiments.SECTIONS[section].cells(session)
-    cfgs = [replace(cells[label], seed=s) for s in session.seeds] if label in cells else []
+    about = experiments.SECTIONS[section]
+    cells = about.cells(session)
+    seeds = experiments.seeds_of(about, session) if label in cells else ()
+    cfgs = [replace(cells[label], seed=s) for s in seeds]
     results = [r for r in map(session.store.result, cfgs) if r]
     mean, half = t_interval(experiments.frames(results)[0][value])
     if math.isnan(mean):
@@ -1533,8 +1537,12 @@ def answer(session: Session, notebook: str, *sentences: str) -> Markdown:
     missing = sum(result is None for result in results)
     diverged = sum(result is not None and result["status"] == "diverged" for result in results)
     base = session.base
+    sections = [experiments.SECTIONS[name] for name in names]
+    counts = {len(experiments.seeds_of(section, session)) for section in sections
+              if section.every_seed}
+    seeds = " or ".join(map(str, sorted(counts)))
     rests = (f"Backbone {base.weights} at {base.image_size} px, data {base.dataset}, "
-             f"{len(session.seeds)} seed(s). ")
+             f"{seeds} seed(s). ")
     if len(session.seeds) > 1:
         rests += ("± and intervals are 95 % t intervals over seeds, not corrected for how many "
                   "comparisons there are; where one seed is said, they are of the test images.")

@@ -61,7 +61,7 @@ def read_cells(session: Session) -> Cells:
 
 
 def read_section(section: Section, session: Session) -> dict[tuple, Cell]:
-    seeds = session.seeds if section.every_seed else session.seeds[:1]
+    seeds = experiments.seeds_of(section, session)
     ready = all(is_settled(other, session) for other in section.rests_on)
     results = {}
     searches = {}

@@ -25,11 +25,11 @@ Judged = dict[str, tuple[Comparison, str]]   # id -> comparison, verdict
 
 
 def read_claims() -> dict[str, Claim]:
-    """{id: {a, b, value_a, value_b, expected}}; the head of claims.toml explains them."""
+    """{id: {a, b, value_a, value_b, expected, family}}; the head of claims.toml explains them."""
     with open(REPORT / "claims.toml", "rb") as file:
         claims = tomllib.load(file)
     defaults = dict(value_a="test", value_b="test", expected="open")
-    return {name: defaults | claim for name, claim in claims.items()}
+    return {name: defaults | dict(family=claim["a"][0]) | claim for name, claim in claims.items()}
 
 
 def sides(claim: Claim, cells: Cells) -> list[Cell]:
@@ -98,15 +98,14 @@ def judge(claims: dict[str, Claim], cells: Cells) -> Judged:
     """Every comparison with its verdict: "missing", "open", "stands" or "wrong".
 
     "above" and "below" need a p value that is small after Holm's method over the claims of the
-    same experiment.
+    same family.
     """
-    by_section = {}
+    families = {}
     for name, claim in claims.items():
-        section = claim["a"][0]
-        by_section.setdefault(section, []).append(name)
+        families.setdefault(claim["family"], []).append(name)
 
     judged = {}
-    for names in by_section.values():
+    for names in families.values():
         found = [comparison(claims[name], cells) for name in names]
         adjusted = experiments.holm(found)
         for name, plain, by_holm in zip(names, found, adjusted, strict=True):

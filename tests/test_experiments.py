@@ -140,6 +140,19 @@ def test_all_of_seed_0_comes_before_any_of_seed_1(tmp_path):
     assert [cfg.seed for cfg in runs] == [0] * 15 + [1] * 15 + [2] * 15
 
 
+def test_more_seeds_are_of_the_sections_that_ask_for_them_and_of_no_asked_seeds(tmp_path):
+    """Who asks for one seed, or for others, gets these and no more."""
+    def seeds(name, session):
+        return list(dict.fromkeys(cfg.seed for cfg in section_runs(name, session)))
+    scale = replace(SCALES["small"], seeds=(0, 1), more_seeds=(5,))
+    session = replace(session_of(tmp_path, seeds=(0, 1)), scale=scale)
+    assert seeds("half", session) == [0, 1, 5]
+    assert seeds("grid", session) == [0, 1]
+    assert seeds("rate_map", session) == [0]
+    assert seeds("half", replace(session, seeds=(0,))) == [0]
+    assert seeds("half", replace(session, seeds=(1, 0, 2))) == [1, 0, 2]
+
+
 def test_an_edited_scale_is_followed(tmp_path, monkeypatch):
     monkeypatch.setitem(SCALES, "small", replace(SCALES["small"], shardings=(None, 7)))
     cells = SECTIONS["grid"].cells(session_of(tmp_path))

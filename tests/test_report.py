@@ -31,9 +31,10 @@ CLAIMS = claims_of.read_claims()
 
 # ------------------------------------------------------------------ stored runs, made up
 def session_in(folder) -> Session:
+    """Three seeds in every section, so that means and intervals can be computed by hand."""
     store = Store(folder, frozen=True)
-    return Session("small", preset("small"), store, folder / "figures", (0, 1, 2), 1,
-                   experiments.SCALES["small"])
+    scale = replace(experiments.SCALES["small"], more_seeds=())
+    return Session("small", preset("small"), store, folder / "figures", (0, 1, 2), 1, scale)
 
 
 def put(folder, cfg: Config, val: float, test: float | None = None, start: float = 0.35,
@@ -266,7 +267,7 @@ def judged_with(tmp_path, a, b, expected, start=None):
         for seed, accuracy in enumerate(accuracies):
             put(tmp_path, replace(cfg, seed=seed), 0.4, accuracy / 100)
     claim = dict(a=["rules", "random", "Nc=1"], b=["rules", "query_key", "Nc=1"], value_a="test",
-                 value_b="test", expected=expected)
+                 value_b="test", expected=expected, family="rules")
     found = {"rules": cells_of.read_section(SECTIONS["rules"], session)}
     return claims_of.judge({"x": claim}, found)["x"]
 
@@ -283,6 +284,19 @@ def test_a_claim_stands_only_if_the_interval_agrees(tmp_path, a, b, holds):
     assert judged_with(tmp_path, a, b, "open")[1] == "open"
 
 
+def test_a_cell_waits_for_the_seeds_that_its_section_asks_for(tmp_path):
+    session = session_in(tmp_path)
+    label = ("random", "Nc=1")
+    cfg = SECTIONS["rules"].cells(session)[label]
+    put_search(tmp_path, session, cfg)
+    for seed in range(4):
+        put(tmp_path, replace(cfg, seed=seed), 0.4, 0.4)
+    more = replace(session, scale=replace(session.scale, more_seeds=(3, 4)))
+    for asking, stored, wanted in ((session, 3, 3), (more, 4, 5)):
+        cell = cells_of.read_section(SECTIONS["rules"], asking)[label]
+        assert (len(cell.runs), len(cell.cfgs)) == (stored, wanted)
+
+
 def test_a_claim_is_missing_until_all_seeds_are_there(tmp_path):
     found, verdict = judged_with(tmp_path, (35, 36), (30, 31.2), "above")
     assert (found.seeds, verdict) == (2, "missing")
@@ -293,6 +307,26 @@ def test_equality_needs_an_interval_within_the_margin(tmp_path):
     assert (near.seeds, verdict) == (3, "stands")
     far, verdict = judged_with(tmp_path, (33.0, 34.1, 35.1), (33.1, 36.0, 32.0), "equal")
     assert verdict == "wrong", far
+
+
+def test_holms_method_counts_the_claims_of_a_family(monkeypatch):
+    """p = 0.03 is small enough alone, and twice that is not."""
+    found = experiments.Comparison(1.0, 0.1, 1.9, 0.03, 1.0, 3, "paired t")
+    monkeypatch.setattr(claims_of, "comparison", lambda claim, cells: found)
+    cell = cells_of.Cell(("x",), [None] * 3, None, None, True)
+    cells = {name: {cell.label: cell} for name in ("one", "two")}
+
+    def judged(*families):
+        claims = {str(i): dict(a=["one", "x"], b=["two", "x"], expected="above", family=family)
+                  for i, family in enumerate(families)}
+        return [verdict for _, verdict in claims_of.judge(claims, cells).values()]
+    assert judged("one", "two") == ["stands", "stands"]
+    assert judged("one", "one") == ["wrong", "wrong"]
+
+
+def test_a_claim_is_of_the_family_of_its_section_unless_it_names_one():
+    assert CLAIMS["skew-nc1"]["family"] == "grid"
+    assert CLAIMS["half-one-iid"]["family"] == CLAIMS["half-random-iid"]["family"] == "half"
 
 
 def test_unsure_is_a_direction_that_holms_method_leaves_open():
