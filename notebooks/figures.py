@@ -1379,7 +1379,10 @@ def draw_unlearning(session: Session):
     for ax in axes:
         ax.set_xlabel("α of w − α τ")
     axes[0].legend()
-    say_below(fig, "One seed, mean over clients. Thin: a run in which they never took part.")
+    said = "One seed, mean over clients."
+    if any(reference for _, reference in found.values()):
+        said += " Thin: a run in which they never took part."
+    say_below(fig, said)
     save_figure(session, fig, "05_unlearning", "Accuracy on a client's own classes and on all "
                 "others against how often its task vector is subtracted, by rule, beside a run "
                 "without these clients")
@@ -1460,6 +1463,8 @@ def against(found: Comparison, other: str) -> str:
     interval = f"95 % interval {signed(found.low)} to {signed(found.high)}"
     if found.seeds == 1:
         interval += ", one seed"
+    if found.equivalent:
+        interval += f", equal within ±{experiments.MARGIN:g}"
     if found.verdict == "higher":
         return f"{found.difference:.1f} points above {other} ({interval})"
     if found.verdict == "lower":
@@ -1512,21 +1517,37 @@ def damage_against(session: Session, rule: str, other: str, where: str) -> str:
     if math.isnan(ratio):
         return "a damage that is not known yet, to be held against that"
     text = f"{ratio:.2f} times"
-    if not math.isnan(low):
+    if math.isnan(low):
+        text += " (one seed, no interval)"
+    else:
         text += f" (95 % interval {low:.2f} to {high:.2f})"
     return f"{text} the damage"
 
 
-def best_merge(session: Session, kind: str, where: str) -> tuple:
-    """The label of the merge that is best on validation, FedAvg aside; () until all are stored."""
+def best_server(session: Session, section: str, kind: str, where: str) -> tuple:
+    """The label of the server of "merges" or "methods" that is best on validation, FedAvg aside;
+    () until all are stored."""
     scores = {}
-    for label, cfg in experiments.SECTIONS["merges"].cells(session).items():
+    for label, cfg in experiments.SECTIONS[section].cells(session).items():
         if label[0] != "FedAvg" and label[1:] == (kind, where):
             result = session.store.result(cfg)
             if result is None:
                 return ()
             scores[label] = last_accuracy(result)
     return max(scores, key=scores.get)
+
+
+def enough_epochs(tried: pd.DataFrame) -> str:
+    """Which length is enough, of whole runs (columns epochs and val, ascending): the first whose
+    doubling gains less than half a point. "" where no length and its double were run."""
+    gains = tried.val.diff().shift(-1)
+    doubled = tried.epochs.shift(-1) == 2 * tried.epochs
+    if not doubled.any():
+        return ""
+    enough = tried.epochs[doubled & (gains < 0.5)]
+    if len(enough):
+        return f"{enough.iloc[0]} are enough: twice as many gain less than half a point."
+    return "None of these is enough: each doubling gains half a point or more."
 
 
 def answer(session: Session, notebook: str, *sentences: str) -> Markdown:
@@ -1749,12 +1770,11 @@ def control_of(name: str, values: list | range, first) -> widgets.Widget:
 def other_session(session: Session, name: str) -> Session:
     """A session of another preset, beside the working copy; opening it loads no data and lists no
     drive."""
-    results_part, part = experiments.parts_of(session.preset)
-    root = session.store.root.parent if results_part else session.store.root
-    folder = session.figures.parent if part else session.figures
-    figures = folder / experiments.parts_of(name)[1]
+    part = experiments.part_of(name)
+    root = outside(session.store.root, session) / part
+    figures = outside(session.figures, session) / part
     if name == "demo":
-        store = Store(root / "demo", frozen=session.store.frozen)
+        store = Store(root, frozen=session.store.frozen)
         return replace(session, preset=name, base=preset(name), store=store, figures=figures,
                        figures_backup=None)
     needs_no_gpu = session.preset in ("full", "lite")  # or this session would not be open
@@ -1763,12 +1783,17 @@ def other_session(session: Session, name: str) -> Session:
                    stop_at=session.stop_at, tensorboard=session.tensorboard)
 
 
+def outside(folder: Path, session: Session) -> Path:
+    """The folder of all presets' results, or figures, by that of the session's preset."""
+    return folder.parent if experiments.part_of(session.preset) else folder
+
+
 def backup_of(session: Session, name: str) -> Path | None:
     """Where a preset's results are copied to, by where those of the session's preset are."""
     backup = session.store.backup
-    if backup is None or "demo" not in (name, session.preset) or name == session.preset:
-        return backup
-    return backup / "demo" if name == "demo" else backup.parent
+    if backup is None:
+        return None
+    return outside(backup, session) / experiments.part_of(name)
 
 
 def data_name(cfg: Config) -> str:

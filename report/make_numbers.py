@@ -36,6 +36,7 @@ def settings(session: Session) -> dict[str, str]:
     whole = images_per_class(base.dataset) * 100
     values |= dict(
         seeds=len(session.seeds),
+        rule_seeds=len(experiments.seeds_of(experiments.SECTIONS["rules"], session)),
         cohort=cohort_size(base.num_clients, base.participation),
         sweep_rounds=session.scale.sweep // base.local_steps,
         train_images=f"{train:,}",

@@ -336,6 +336,31 @@ def test_comparisons_as_parts_of_sentences():
         "without a difference to X that these runs could show (95 % interval −0.5 to +1.5, one "
         "seed)")
     assert "not known yet" in figures.against(experiments.NOTHING, "X")
+    near = replace(comparison(0.1, 0.3, 0.01), p_equivalent=0.01)
+    assert figures.against(near, "X") == (
+        "0.2 points above X (95 % interval +0.1 to +0.3, equal within ±1)")
+
+
+@pytest.mark.parametrize(("epochs", "val", "said"), [
+    ((1, 2, 4, 8), (40, 44, 44.4, 46), "2 are enough"),
+    ((1, 2, 4), (40, 44, 45), "None of these is enough"),
+    ((1, 2, 8), (40, 44, 44.4), "None of these is enough"),   # 8 is not twice 2
+    ((1, 4), (40, 44), ""),
+    ((1,), (40,), "")])
+def test_how_many_epochs_are_enough(epochs, val, said):
+    found = figures.enough_epochs(pd.DataFrame(dict(epochs=epochs, val=val)))
+    assert found.startswith(said)
+    assert said or not found
+
+
+def test_the_best_server_is_known_once_all_are_stored(session):
+    cells = SECTIONS["methods"].cells(session)
+    where = experiments.nc_label(session.scale.skews[0])
+    masked = [label for label in cells if label[1:] == ("masked", where)]
+    for i, label in enumerate(masked):
+        assert figures.best_server(session, "methods", "masked", where) == ()
+        put(session.store, cells[label], end=0.9 if label[0] == "FedAvg" else 0.5 + i / 100)
+    assert figures.best_server(session, "methods", "masked", where) == masked[-1]
 
 
 def trade_offs(ratios: dict, gains=(0.1, 1.0)) -> pd.DataFrame:
@@ -350,7 +375,7 @@ def trade_offs(ratios: dict, gains=(0.1, 1.0)) -> pd.DataFrame:
 
 
 @pytest.mark.parametrize(("measured", "said"), [
-    (trade_offs({0: 2.0}), "2.00 times the damage"),
+    (trade_offs({0: 2.0}), "2.00 times (one seed, no interval) the damage"),
     # sqrt(4.4); in logarithms two seeds' half-width is 12.706 * log(1.1) / 2: a factor of 1.832
     (trade_offs({0: 2.0, 1: 2.2}), "2.10 times (95 % interval 1.14 to 3.84) the damage"),
     (trade_offs({0: 2.0}, gains=(0.5, 1.0)), "a damage that is not known yet"),

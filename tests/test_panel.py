@@ -165,10 +165,11 @@ def test_a_chosen_method_has_the_servers_rate_of_the_comparison(session):
 
 def test_another_preset_lies_beside_the_working_copy(session, tmp_path):
     """Not in the project's own folder, which may be on a drive that is slow."""
-    moved = replace(session, preset="full", store=utils.Store(tmp_path / "elsewhere"),
+    moved = replace(session, preset="full", store=utils.Store(tmp_path / "elsewhere/full"),
                     figures=tmp_path / "pictures/full", tensorboard=True)
     other = figures.other_session(moved, "lite")  # no GPU is asked for: `full` was opened without
-    assert (other.store.root, other.figures) == (tmp_path / "elsewhere", tmp_path / "pictures/lite")
+    assert (other.store.root, other.figures) == (tmp_path / "elsewhere/lite",
+                                                 tmp_path / "pictures/lite")
     assert other.tensorboard
     demo = figures.other_session(moved, "demo")
     assert (demo.store.root, demo.figures) == (tmp_path / "elsewhere/demo",
