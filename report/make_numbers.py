@@ -16,7 +16,7 @@ import numpy as np
 
 from notebooks import experiments
 from notebooks.experiments import Session
-from report.cells import Cell, damage_cells, frozen_session, read_cells, read_gains
+from report.cells import Cell, Cells, damage_cells, frozen_session, read_cells, read_gains
 from report.claims import REPORT, Claim, Judged, judge, read_claims
 from report.tables import command, make_tables, mean, power, range_of, start, words
 from utils import ROOT, cohort_size, images_per_class, json_sha256
@@ -53,6 +53,9 @@ def settings(session: Session) -> dict[str, str]:
         lower_gain=f"{min(experiments.OTHER_GAINS):g}",
         higher_gain=f"{max(experiments.OTHER_GAINS):g}",
     )
+    chosen = experiments.best_centralized(session)
+    for name in ("schedule", "weight_decay", "batch_size"):
+        values[f"chosen/{name}"] = shown(getattr(chosen, name))
     larger = experiments.on_vits16(session).base
     every, _ = experiments.weight_counts(larger.arch, larger.image_size)
     values["larger_millions"] = f"{every / 1e6:.1f}"
@@ -65,6 +68,15 @@ def settings(session: Session) -> dict[str, str]:
             values[f"{name}_epochs"] = round(found["epochs"])
             values[f"{name}_accuracy"] = f"{accuracy:.1f}"
     return values
+
+
+def test_start(cells: Cells) -> dict[str, str]:
+    """Test accuracy (%) of the head on frozen features, where a centralised run has stored it."""
+    for cell in cells["centralized"].values():
+        untrained = cell.history[cell.history["round"] == 0]
+        if len(untrained):
+            return {"test_start": f"{untrained.test_top1.mean():.1f}"}
+    return {}
 
 
 def shown(value) -> str:
@@ -147,7 +159,7 @@ def write(session: Session, folder: Path) -> Judged:
             (tables / f"{name}.tex").write_text(f"{text}\n", encoding="utf-8")
 
     lines = [stamp(session)]
-    for name, value in settings(session).items():
+    for name, value in (settings(session) | test_start(cells)).items():
         lines.append(command("setsetting", name, value))
     for name, of_section in cells.items():
         stored = sum(len(cell.runs) for cell in of_section.values())
