@@ -34,7 +34,9 @@ def settings(session: Session) -> dict[str, str]:
     every, free = experiments.weight_counts(base.arch, base.image_size)
     train = experiments.train_images(base)
     whole = images_per_class(base.dataset) * 100
+    part = experiments.part_of(session.preset)
     values |= dict(
+        figures=f"{part}/" if part else "",
         seeds=len(session.seeds),
         rule_seeds=len(experiments.seeds_of(experiments.SECTIONS["rules"], session)),
         cohort=cohort_size(base.num_clients, base.participation),

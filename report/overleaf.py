@@ -20,9 +20,12 @@ def files() -> dict[str, Path]:
     found = {name: REPORT / name for name in SOURCES}
     for table in sorted((REPORT / "tables").glob("*.tex")):
         found[f"tables/{table.name}"] = table
+    numbers = (REPORT / "numbers.tex").read_text(encoding="utf-8")
+    part = re.search(r"\\setsetting\{figures\}\{(.*?)\}", numbers)
+    drawn = ROOT / "figures" / (part[1] if part else "")
     text = (REPORT / "text.tex").read_text(encoding="utf-8")
     for name in re.findall(r"\\plot(?:\[figure\*\])?\{(\w+)\}", text):
-        figure = ROOT / f"figures/{name}.pdf"
+        figure = drawn / f"{name}.pdf"
         if figure.is_file():
             found[f"figures/{name}.pdf"] = figure
     return found

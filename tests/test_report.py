@@ -30,11 +30,11 @@ CLAIMS = claims_of.read_claims()
 
 
 # ------------------------------------------------------------------ stored runs, made up
-def session_in(folder) -> Session:
+def session_in(folder, name: str = "small") -> Session:
     """Three seeds in every section, so that means and intervals can be computed by hand."""
     store = Store(folder, frozen=True)
-    scale = replace(experiments.SCALES["small"], more_seeds=())
-    return Session("small", preset("small"), store, folder / "figures", (0, 1, 2), 1, scale)
+    scale = replace(experiments.SCALES[name], more_seeds=())
+    return Session(name, preset(name), store, folder / "figures", (0, 1, 2), 1, scale)
 
 
 def put(folder, cfg: Config, val: float, test: float | None = None, start: float = 0.35,
@@ -121,13 +121,22 @@ def empty(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def dino(tmp_path_factory):
+    """A session with DINO's weights, of which a section is stored."""
+    folder = tmp_path_factory.mktemp("dino")
+    session = session_in(folder, "lite")
+    put_section(folder, session, "half")
+    return session
+
+
+@pytest.fixture(scope="module")
 def written(tmp_path_factory):
     """write(session) -> (folder with numbers.tex and tables/, judged claims), once a session."""
     @functools.cache
-    def write(store_root):
+    def write(store_root, name):
         folder = tmp_path_factory.mktemp("report")
-        return folder, make_numbers.write(session_in(store_root), folder)
-    return lambda session: write(session.store.root)
+        return folder, make_numbers.write(session_in(store_root, name), folder)
+    return lambda session: write(session.store.root, session.preset)
 
 
 def numbers_in(folder) -> str:
@@ -546,7 +555,7 @@ def test_the_authors_are_left_to_fill_in():
 
 
 # ------------------------------------------------------------------ the PDF
-@pytest.fixture(scope="module", params=["empty", "here", "complete"])
+@pytest.fixture(scope="module", params=["empty", "here", "complete", "dino"])
 def built(request, written, tmp_path_factory):
     """A folder in which LaTeX has built the report; "here": as it is committed."""
     if not (shutil.which("latexmk") and shutil.which("pdflatex") and shutil.which("bibtex")):
@@ -585,6 +594,8 @@ def test_the_pdf_says_what_is_missing_and_prints_no_hole(built):
                           check=True)
     text = " ".join(done.stdout.decode().split())
     assert "[missing]" not in text
+    # the text on stand-ins, and what it says of their runs alone, is not printed of DINO's
+    assert ("stand-in" in text, "Tiny-ImageNet" in text) == (("dino" not in built.name,) * 2)
     if "empty" in built.name:
         assert "runs are not there yet" in text
     if "complete" in built.name:
@@ -600,6 +611,19 @@ def test_all_fonts_are_embedded(built):
     for font in fonts:
         embedded = font.split()[-5]
         assert embedded == "yes", font
+
+
+def test_figures_are_those_of_the_preset(written, dino, monkeypatch, tmp_path):
+    folder, _ = written(dino)
+    assert "\\setsetting{figures}{lite/}" in (folder / "numbers.tex").read_text(encoding="utf-8")
+    for name in ("text.tex", "macros.tex"):
+        shutil.copy(REPORT / name, folder)
+    for place in ("figures/02_curves.pdf", "figures/lite/02_curves.pdf"):
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / place).touch()
+    monkeypatch.setattr(overleaf, "REPORT", folder)
+    monkeypatch.setattr(overleaf, "ROOT", tmp_path)
+    assert overleaf.files()["figures/02_curves.pdf"] == tmp_path / "figures/lite/02_curves.pdf"
 
 
 def test_the_zip_for_overleaf_has_what_the_report_inputs(tmp_path):
