@@ -776,7 +776,8 @@ def find_rates(name: str, session: Session, watch: Watch | None = None) -> bool:
 
 
 def settle(name: str, session: Session, watch: Watch | None = None) -> bool:
-    """Makes what others take of a section, its rates or its choice; False where it was stopped.
+    """Makes what others take of a section, its rates or its choice; False where something is left,
+    in a frozen store all that is not there.
 
     A section without a test is a choice, for which all its runs are needed.
     """

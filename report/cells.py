@@ -62,7 +62,8 @@ def read_cells(session: Session) -> Cells:
 
 def read_section(section: Section, session: Session) -> dict[tuple, Cell]:
     seeds = experiments.seeds_of(section, session)
-    ready = all(is_settled(other, session) for other in section.rests_on)
+    # in a frozen store this trains nothing, and says whether there is anything to train
+    ready = all(experiments.settle(other, session) for other in section.rests_on)
     results = {}
     searches = {}
     of_cell = {}
@@ -83,18 +84,6 @@ def read_section(section: Section, session: Session) -> dict[tuple, Cell]:
         course = history[history.run.isin(names)]
         cells[label] = Cell(label, cfgs, ours, course, searches[label].bracketed)
     return cells
-
-
-def is_settled(name: str, session: Session) -> bool:
-    """Whether `experiments.settle` has nothing more to do for a section."""
-    section = SECTIONS[name]
-    if not all(is_settled(other, session) for other in section.rests_on):
-        return False
-    if not (section.searched and section.test):
-        runs = experiments.section_runs(name, session)
-        return all(experiments.is_done(cfg, session.store, section.test) for cfg in runs)
-    cells = section.cells(session).values()
-    return all(search_of(cfg, section, session).finished for cfg in cells)
 
 
 def search_of(cfg: Config, section: Section, session: Session) -> Search:
