@@ -213,8 +213,8 @@ class Scale:
     map_shardings: tuple
     map_rungs: tuple[int, ...]     # of its rates, factors of 3 from each one's own
     more_rounds: int               # times the sweeps' rounds, where their gains are small
-    longer_rules: tuple
-    longer_rungs: tuple[int, ...]  # of its rates, factors of 3 from those of the shorter runs
+    # {rule: rungs}: rates of the longer runs, factors of 3 from those of the shorter ones
+    longer_rungs: dict[str | None, tuple[int, ...]]
     consensus: tuple[tuple[str, float], ...]  # how clients' scores combine, share of the clients
     client_images: int             # that a client scores in a round of it
     recalibration_skews: tuple     # Nc of masks that change
@@ -230,6 +230,7 @@ ALL_RULES = ("least_sensitive", "most_sensitive", "lowest_magnitude", "highest_m
              "random", "query_key")
 CONSENSUS = (("central", 0.1), ("mean", 0.1), ("max", 0.1), ("vote", 0.1), ("central", 1.0),
              ("max", 1.0), ("vote", 1.0))
+
 
 # small: every cell's rate at its own length, so that a cell costs five runs or six. Sweeps have
 # the ends of a range and the default between them, and the grid alone the shardings between IID,
@@ -247,7 +248,9 @@ _SMALL = Scale(
     half_once_rules=("least_sensitive", "shuffled"),
     map_rules=(None, "least_sensitive", "most_sensitive", "random"),
     map_shardings=(None, 10, 1), map_rungs=(-3, -2, -1, 0, 1, 2, 3), more_rounds=4,
-    longer_rules=(None, "least_sensitive", "random"), longer_rungs=(0, 1, 2, 3, 4, -1, -2),
+    # all weights one rung more, for of the others none is best at an end
+    longer_rungs={None: (0, 1, 2, 3, 4, -1, -2), "least_sensitive": (0, 1, 2, 3, -1, -2),
+                  "random": (0, 1, 2, 3, -1, -2)},
     consensus=CONSENSUS[:4], client_images=128, recalibration_skews=(10, 1), skews=(10, 1),
     more_seeds=(3, 4))
 
@@ -260,7 +263,8 @@ _LITE = replace(
     sparsities=(0.0, 0.5, 0.8, 0.9, 0.95, 0.99), calibration_rounds=(1, 2, 4, 8),
     rule_shardings=(None, 10, 5, 1), half_shardings=(None, 10), consensus=CONSENSUS,
     map_rules=(None, "least_sensitive", "random"), map_shardings=(None, 1),
-    map_rungs=(-2, -1, 0, 1, 2, 3), longer_rungs=(0, 1, 2, -1), more_seeds=(),
+    map_rungs=(-2, -1, 0, 1, 2, 3), more_seeds=(),
+    longer_rungs=dict.fromkeys((None, "least_sensitive", "random"), (0, 1, 2, -1)),
     too_large=("SCAFFOLD",),
     stand_ins={
         "classes_per_client": {50: None, 5: 10}, "calibration_rounds": {1: 4, 2: 4, 8: 4},
@@ -279,9 +283,9 @@ _DEMO = replace(
     schedules=("cosine", "constant"),
     nc=10, sparsities=(0.5, 0.9), calibration_rounds=(1, 4), sweep_shardings=(None, 10),
     rule_shardings=(None, 1), half_shardings=(10,), map_rules=(None, "least_sensitive"),
-    map_shardings=(1,), map_rungs=(0, 1), more_rounds=2, longer_rules=(None, "least_sensitive"),
-    longer_rungs=(0, 1), consensus=CONSENSUS[:4], client_images=12, recalibration_skews=(5,),
-    skews=(5,), seeds=(0,), more_seeds=())
+    map_shardings=(1,), map_rungs=(0, 1), more_rounds=2,
+    longer_rungs={None: (0, 1), "least_sensitive": (0, 1)}, consensus=CONSENSUS[:4],
+    client_images=12, recalibration_skews=(5,), skews=(5,), seeds=(0,), more_seeds=())
 
 SCALES = {"full": _FULL, "lite": _LITE, "small": _SMALL, "demo": _DEMO}
 
@@ -520,10 +524,10 @@ def longer_rates(session: Session) -> Cells:
     around each rule's own of the shorter runs."""
     scale = session.scale
     cells = {}
-    for step in scale.longer_rungs:
-        for rule in scale.longer_rules:
-            cfg = replace(session.base, rule=rule, classes_per_client=scale.map_shardings[-1])
-            own = at_own_rate(with_steps(cfg, scale.sweep), session)
+    for rule, rungs in scale.longer_rungs.items():
+        cfg = replace(session.base, rule=rule, classes_per_client=scale.map_shardings[-1])
+        own = at_own_rate(with_steps(cfg, scale.sweep), session)
+        for step in rungs:
             lr = rate_of(rung_of(own.lr) + step)
             cells[rule_label(rule), lr] = replace(
                 with_steps(own, scale.sweep * scale.more_rounds), lr=lr)
