@@ -219,6 +219,7 @@ class Scale:
     client_images: int             # that a client scores in a round of it
     recalibration_skews: tuple     # Nc of masks that change
     skews: tuple                   # Nc of consensus and methods
+    pulls: tuple[float, ...]       # mu of FedProx
     too_large: tuple[str, ...] = ()  # of METHODS: what needs more memory than the preset's machine
     # {field: {value: value}}: cells with the first take the rate that is searched with the second
     stand_ins: dict = field(default_factory=dict)
@@ -252,7 +253,7 @@ _SMALL = Scale(
     longer_rungs={None: (0, 1, 2, 3, 4, -1, -2), "least_sensitive": (0, 1, 2, 3, -1, -2),
                   "random": (0, 1, 2, 3, -1, -2)},
     consensus=CONSENSUS[:4], client_images=128, recalibration_skews=(10, 1), skews=(10, 1),
-    more_seeds=(3, 4))
+    pulls=(0.01, 10.0), more_seeds=(3, 4))
 
 # lite: a T4 for at most 10 hours, with one seed. A search costs four runs, so rates are searched
 # at a quarter of the sweeps' length, at three shardings; what is shown is as long as can be.
@@ -274,7 +275,7 @@ _LITE = replace(
 # shorter.
 _FULL = replace(_LITE, headline=384, sweep=192, lengths=(384, 768), more_rounds=3,
                 sparsities=(0.0, 0.5, 0.8, 0.9, 0.99), consensus=CONSENSUS[:4],
-                recalibration_skews=(10,))
+                recalibration_skews=(10,), map_rungs=(-1, 0, 1, 2, 3))
 
 # demo: every line of code in minutes; its accuracies say nothing.
 _DEMO = replace(
@@ -655,6 +656,21 @@ def methods(session: Session) -> Cells:
     return _by_server(fitting, session)
 
 
+def pulls(session: Session) -> Cells:
+    """FedProx on all weights, each mu at its own rate.
+
+    The pull is felt where eta J mu is not small against 1: with few steps a mu of 0.01 is FedAvg
+    but for rounding, and says nothing of FedProx.
+    """
+    cells = {}
+    for nc in session.scale.skews:
+        for mu in session.scale.pulls:
+            cfg = replace(session.base, classes_per_client=nc, algorithm="fedprox", prox_mu=mu)
+            cfg = with_steps(cfg, session.scale.sweep)
+            cells[mu, nc_label(nc)] = at_own_rate(cfg, session)
+    return cells
+
+
 def merges(session: Session) -> Cells:
     """Servers that merge task vectors, dense and masked, each at its own rate."""
     return _by_server(MERGES, session)
@@ -725,6 +741,7 @@ SECTIONS = {
     "speed_matched": Section("05", speed_matched, ("rule", "sharding"), searched=False,
                              rests_on=("rules",)),
     "methods": Section("05", methods, ("method", "weights trained", "sharding")),
+    "pulls": Section("05", pulls, ("mu", "sharding")),
     "merges": Section("05", merges, ("method", "weights trained", "sharding")),
     "matched_merges": Section("05", matched_merges, ("method", "weights trained", "sharding"),
                               searched=False, rests_on=("merges",)),

@@ -34,12 +34,16 @@ def settings(session: Session) -> dict[str, str]:
     every, free = experiments.weight_counts(base.arch, base.image_size)
     train = experiments.train_images(base)
     whole = images_per_class(base.dataset) * 100
-    part = experiments.part_of(session.preset)
+    figures = ""
+    if experiments.part_of(session.preset):
+        figures = f"{experiments.part_of(session.preset)}/"
+    of_rules = experiments.seeds_of(experiments.SECTIONS["rules"], session)
     values |= dict(
-        figures=f"{part}/" if part else "",
+        figures=figures,
         seeds=len(session.seeds),
-        rule_seeds=len(experiments.seeds_of(experiments.SECTIONS["rules"], session)),
+        rule_seeds=len(of_rules),
         cohort=cohort_size(base.num_clients, base.participation),
+        strongest_pull=f"{max(session.scale.pulls):g}",
         sweep_rounds=session.scale.sweep // base.local_steps,
         train_images=f"{train:,}",
         val_images=f"{whole - train:,}",
@@ -56,8 +60,9 @@ def settings(session: Session) -> dict[str, str]:
         higher_gain=f"{max(experiments.OTHER_GAINS):g}",
     )
     chosen = experiments.best_centralized(session)
-    for name in ("schedule", "weight_decay", "batch_size"):
-        values[f"chosen/{name}"] = shown(getattr(chosen, name))
+    values["chosen/schedule"] = shown(chosen.schedule)
+    values["chosen/weight_decay"] = shown(chosen.weight_decay)
+    values["chosen/batch_size"] = shown(chosen.batch_size)
     larger = experiments.on_vits16(session).base
     every, _ = experiments.weight_counts(larger.arch, larger.image_size)
     values["larger_millions"] = f"{every / 1e6:.1f}"
@@ -77,7 +82,8 @@ def test_start(cells: Cells) -> dict[str, str]:
     for cell in cells["centralized"].values():
         untrained = cell.history[cell.history["round"] == 0]
         if len(untrained):
-            return {"test_start": f"{untrained.test_top1.mean():.1f}"}
+            accuracy = untrained.test_top1.mean()
+            return {"test_start": f"{accuracy:.1f}"}
     return {}
 
 
@@ -161,7 +167,8 @@ def write(session: Session, folder: Path) -> Judged:
             (tables / f"{name}.tex").write_text(f"{text}\n", encoding="utf-8")
 
     lines = [stamp(session)]
-    for name, value in (settings(session) | test_start(cells)).items():
+    values = settings(session) | test_start(cells)
+    for name, value in values.items():
         lines.append(command("setsetting", name, value))
     for name, of_section in cells.items():
         stored = sum(len(cell.runs) for cell in of_section.values())
