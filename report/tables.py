@@ -357,7 +357,6 @@ def make_tables(cells: Cells, session: Session) -> dict[str, str]:
         "map": map_table(shown),
         "mapplot": map_plot(shown),
         "longer": longer_table(cells["longer"]),
-        "speed": pivot(cells["speed_matched"], 1, rates=True, untrained=False),
         "servers": pivot(reordered(servers, 0, 2, 1), 1),
         "consensus": pivot(cells["consensus"], 2),
     }
