@@ -391,7 +391,7 @@ def test_the_claims_that_stand_are_the_ones_that_are_stated(complete, written):
 
 # ------------------------------------------------------------------ this report and its results
 def test_the_report_follows_from_the_results_here(tmp_path):
-    session = session_in(ROOT / "results")
+    session = replace(session_in(ROOT / "results"), scale=experiments.SCALES["small"])
     if not numbers_in(REPORT).startswith(make_numbers.stamp(session)):
         pytest.skip("results/ has other runs than the report is made of: make report")
     judged = make_numbers.write(session, tmp_path)
@@ -440,7 +440,7 @@ def names_in(command: str) -> set[str]:
     return {name for names in used(command) for name in names.split(",")}
 
 
-def test_what_the_text_asks_for_exists(empty):
+def test_what_the_text_asks_for_exists(empty, complete, written):
     known = cells_of.read_cells(empty)
     keys = {f"{name}/{cell.key}" for name, of in known.items() for cell in of.values()}
     for command in ("test", "val", "start", "rateof"):
@@ -448,7 +448,8 @@ def test_what_the_text_asks_for_exists(empty):
     rules = {cell.key for cell in known["rules"].values()}
     for command in ("gain", "gainthree", "gainten", "dip", "bestrate", "rangeof", "reach"):
         assert set(used(command)) <= rules, command
-    assert set(used("setting")) <= make_numbers.settings(empty).keys()
+    numbers = numbers_in(written(complete)[0])
+    assert set(used("setting")) <= set(re.findall(r"\\setsetting\{(.*?)\}", numbers))
     of_tables = {name for names in re.findall(r"\\runtable\{\w+\}\{([\w,]+)\}", TEXT)
                  for name in names.split(",")}
     assert names_in("pending") | names_in("ifsome") | of_tables <= known.keys()
