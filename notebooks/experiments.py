@@ -232,7 +232,6 @@ ALL_RULES = ("least_sensitive", "most_sensitive", "lowest_magnitude", "highest_m
 CONSENSUS = (("central", 0.1), ("mean", 0.1), ("max", 0.1), ("vote", 0.1), ("central", 1.0),
              ("max", 1.0), ("vote", 1.0))
 
-
 # small: every cell's rate at its own length, so that a cell costs five runs or six. Sweeps have
 # the ends of a range and the default between them, and the grid alone the shardings between IID,
 # ten classes and one. The baseline's four epochs are as many SGD steps as the federated runs that
@@ -1520,6 +1519,14 @@ def section_frames(name: str, session: Session, quiet: bool = False
     labels = pd.DataFrame(labels, columns=[*section.columns, "run"])
     return tuple(labels.merge(frame.drop(columns=[*section.columns], errors="ignore"), on="run")
                  for frame in (runs, history))
+
+
+def test_of_start(session: Session) -> float:
+    """Test accuracy (%) of the fitted head on frozen features; NaN where it is not stored."""
+    cfgs = section_runs("centralized", session)
+    results = [r for r in map(session.store.result, cfgs) if r]
+    _, history = frames(results)
+    return history[history["round"] == 0].test_top1.mean()
 
 
 EQUAL_GAIN = 0.25   # nats of a client's own loss at which damages are compared

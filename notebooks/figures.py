@@ -499,17 +499,9 @@ def draw_start(ax, session: Session):
 
     Only the centralised baseline is tested there; all runs begin with the same head.
     """
-    start = test_of_start(session)
+    start = experiments.test_of_start(session)
     if not math.isnan(start):
         ax.axhline(start, color="0.4", linestyle=":", linewidth=1, label="untrained start (test)")
-
-
-def test_of_start(session: Session) -> float:
-    """Test accuracy (%) of the fitted head on frozen features; NaN where it is not stored."""
-    cfgs = section_runs("centralized", session)
-    results = [r for r in map(session.store.result, cfgs) if r]
-    history = experiments.frames(results)[1]
-    return history[history["round"] == 0].test_top1.mean()
 
 
 def legend_above(fig: Figure, columns: int, title: str | None = None):
@@ -1447,13 +1439,19 @@ def press_stop(cfg: Config, history: Iterable[dict]):
 # ------------------------------------------------------------------ answers
 def versus(session: Session, section: str, a: tuple, b: tuple) -> Comparison:
     """Test accuracy of one cell of a section less that of another, paired by seed."""
-    about = experiments.SECTIONS[section]
-    cells = about.cells(session)
-    if a not in cells or b not in cells:
+    runs = [cell_runs(session, section, label) for label in (a, b)]
+    if not all(runs):
         return experiments.NOTHING
-    seeds = experiments.seeds_of(about, session)
-    runs = [[replace(cells[label], seed=s) for s in seeds] for label in (a, b)]
     return experiments.compare(*runs, session.store)
+
+
+def cell_runs(session: Session, section: str, label: tuple) -> list[Config]:
+    """The runs of a cell, one a seed; none where the preset has no such cell."""
+    about = experiments.SECTIONS[section]
+    cfg = about.cells(session).get(label)
+    if cfg is None:
+        return []
+    return [replace(cfg, seed=s) for s in experiments.seeds_of(about, session)]
 
 
 def against(found: Comparison, other: str) -> str:
@@ -1479,10 +1477,7 @@ def signed(points: float) -> str:
 
 def accuracy(session: Session, section: str, label: tuple, value: str = "test") -> str:
     """"33.1 ± 0.4 %" of a cell, or that it is not there yet."""
-    about = experiments.SECTIONS[section]
-    cells = about.cells(session)
-    seeds = experiments.seeds_of(about, session) if label in cells else ()
-    cfgs = [replace(cells[label], seed=s) for s in seeds]
+    cfgs = cell_runs(session, section, label)
     results = [r for r in map(session.store.result, cfgs) if r]
     mean, half = t_interval(experiments.frames(results)[0][value])
     if math.isnan(mean):

@@ -16,7 +16,7 @@ import numpy as np
 
 from notebooks import experiments
 from notebooks.experiments import Session
-from report.cells import Cell, Cells, damage_cells, frozen_session, read_cells, read_gains
+from report.cells import Cell, damage_cells, frozen_session, read_cells, read_gains
 from report.claims import REPORT, Claim, Judged, judge, read_claims
 from report.tables import command, make_tables, mean, power, range_of, start, words
 from utils import ROOT, cohort_size, images_per_class, json_sha256
@@ -43,6 +43,7 @@ def settings(session: Session) -> dict[str, str]:
         seeds=len(session.seeds),
         rule_seeds=len(of_rules),
         cohort=cohort_size(base.num_clients, base.participation),
+        test_start=f"{experiments.test_of_start(session):.1f}",
         strongest_pull=f"{max(session.scale.pulls):g}",
         sweep_rounds=session.scale.sweep // base.local_steps,
         train_images=f"{train:,}",
@@ -75,16 +76,6 @@ def settings(session: Session) -> dict[str, str]:
             values[f"{name}_epochs"] = round(found["epochs"])
             values[f"{name}_accuracy"] = f"{accuracy:.1f}"
     return values
-
-
-def test_start(cells: Cells) -> dict[str, str]:
-    """Test accuracy (%) of the head on frozen features, where a centralised run has stored it."""
-    for cell in cells["centralized"].values():
-        untrained = cell.history[cell.history["round"] == 0]
-        if len(untrained):
-            accuracy = untrained.test_top1.mean()
-            return {"test_start": f"{accuracy:.1f}"}
-    return {}
 
 
 def shown(value) -> str:
@@ -167,8 +158,7 @@ def write(session: Session, folder: Path) -> Judged:
             (tables / f"{name}.tex").write_text(f"{text}\n", encoding="utf-8")
 
     lines = [stamp(session)]
-    values = settings(session) | test_start(cells)
-    for name, value in values.items():
+    for name, value in settings(session).items():
         lines.append(command("setsetting", name, value))
     for name, of_section in cells.items():
         stored = sum(len(cell.runs) for cell in of_section.values())
