@@ -2031,98 +2031,34 @@ class Store:
     """Where runs live: root/<run>.json, <run>.npy, checkpoints/<run>/, cache/ and notes/.
 
     A file is written beside its place, synced and renamed: a cut leaves the old one or the new.
-    `root` is a working copy and `backup`, such as a folder on Google Drive, what outlives it:
-    results are restored from there at the start, and what it lacks is copied after every write.
+    `BackedUpStore` of notebooks/backup.py keeps a second copy, such as on Google Drive.
     """
     root: Path = field(default_factory=lambda: Path(os.environ.get("RESULTS_DIR") or "results"))
-    backup: Path | None = None
     minutes: float = 1.0   # least time between two checkpoints of a run
     frozen: bool = False   # only what is stored: nothing is trained or computed
     quiet: bool = False    # no progress bars
 
     def __post_init__(self):
         self.root = Path(self.root).expanduser()
-        self.backup = None if self.backup is None else Path(self.backup).expanduser()
-        self._pending = set()  # not in the backup yet
-        self._parsed = {}      # results by name, with the size and time of the file they are of
+        self._parsed = {}  # results by name, with the size and time of the file they are of
         if not 0 <= self.minutes < math.inf:
             raise ValueError(f"minutes={self.minutes} between two checkpoints must be at least 0")
-        if self.backup is not None:
-            self._restore()
 
-    def _restore(self):
-        """Copies results from the backup, and notes what the backup lacks of an earlier process."""
-        try:
-            # Not the folders above these: in the place of a drive that is gone they would hide it.
-            for folder in (self.backup.parent, self.backup):
-                folder.mkdir(exist_ok=True)
-        except OSError as error:
-            warnings.warn(f"{self.backup} cannot be made: {error}", stacklevel=4)
-        results = ("*.json", "*.npy", "notes/*.json")
-        for pattern in results:
-            for name in self._names_in(self.backup, pattern):
-                if not self._is_copied(name) and not self._is_newer(name):
-                    self._copy(name, self.backup, self.root)
-        if self.frozen:
-            return
-        for pattern in (*results, "checkpoints/*/*.safetensors", "cache/*.safetensors"):
-            names = self._names_in(self.root, pattern)
-            self._pending |= {name for name in names if not self._is_copied(name)}
-        self.copy_pending()
+    def folders(self) -> list[Path]:
+        """Where a file may lie, the first choice first."""
+        return [self.root]
 
-    def _names_in(self, folder: Path, pattern: str) -> list[str]:
-        try:
-            return sorted(str(f.relative_to(folder)) for f in folder.glob(pattern))
-        except OSError as error:
-            warnings.warn(f"{folder} cannot be listed: {error}", stacklevel=2)
-            return []
-
-    def _is_copied(self, name: str) -> bool:
-        """By size as well as by name: the backup may hold an older version."""
-        try:
-            return (self.backup / name).stat().st_size == (self.root / name).stat().st_size
-        except OSError:
-            return False
-
-    def _is_newer(self, name: str) -> bool:
-        """In `root`: else another machine has made it anew meanwhile, and its version is taken."""
-        try:
-            return (self.root / name).stat().st_mtime > (self.backup / name).stat().st_mtime
-        except OSError:
-            return False
-
-    def _copy(self, name: str, source: Path, target: Path) -> bool:
-        try:
-            write_whole(target / name, (source / name).read_bytes())
-            return True
-        except OSError as error:
-            warnings.warn(f"{name} could not be copied to {target}: {error}. It is tried again "
-                          "with the next file.", stacklevel=2)
-            return False
-
-    def copy_pending(self):
-        """Copies to the backup what it lacks; results last, so that what they name is there."""
-        if not os.path.isdir(self.backup):
-            # A folder in its place would hide that the drive is gone, and it could not come back.
-            warnings.warn(f"{self.backup} is gone: files stay in {self.root} until it is back",
-                          stacklevel=3)
-            return
-        for name in sorted(self._pending, key=lambda n: n.endswith(".json")):
-            if not (self.root / name).exists() or self._copy(name, self.root, self.backup):
-                self._pending.discard(name)
+    def inside(self, folder: str) -> "Store":
+        """The store of a folder inside this one."""
+        return replace(self, root=self.root / folder)
 
     def write(self, name: str, content: bytes):
-        """To `root`, then to the backup what it lacks; OSError where `root` takes nothing."""
+        """To `root`; OSError where it takes nothing."""
         write_whole(self.root / name, content)
-        if self.backup is not None:
-            self._pending.add(name)
-            self.copy_pending()
 
     def read(self, name: str) -> bytes | None:
-        """A file's content, from the backup where `root` has no sound copy; None without any."""
-        for folder in (self.root, self.backup):
-            if folder is None:
-                continue
+        """A file's content, from the first folder with a sound copy; None without any."""
+        for folder in self.folders():
             try:
                 content = (folder / name).read_bytes()
                 check_content(name, content)
@@ -2135,8 +2071,7 @@ class Store:
         return None
 
     def delete(self, name: str):
-        self._pending.discard(name)
-        for folder in filter(None, (self.root, self.backup)):
+        for folder in self.folders():
             try:
                 os.truncate(folder / name, 0)  # Drive's bin keeps a deleted file's size
                 (folder / name).unlink()
@@ -2146,11 +2081,8 @@ class Store:
                 warnings.warn(f"{folder / name} cannot be deleted: {error}", stacklevel=2)
 
     def names(self, pattern: str) -> list[str]:
-        """Files in `root` and in the backup."""
-        found = set(self._names_in(self.root, pattern))
-        if self.backup is not None:
-            found |= set(self._names_in(self.backup, pattern))
-        return sorted(found)
+        """Files in any of the folders."""
+        return sorted({name for folder in self.folders() for name in names_in(folder, pattern)})
 
     @contextmanager
     def lock(self, cfg: Config):
@@ -2181,7 +2113,7 @@ class Store:
             status = path.stat()
             stamp = (status.st_size, status.st_mtime_ns)
             if path.name not in self._parsed or self._parsed[path.name][0] != stamp:
-                self._parsed[path.name] = (stamp, _parse_result(path))
+                self._parsed[path.name] = (stamp, parse_result(path))
             result = self._parsed[path.name][1]
             if result is not None:
                 found[path.stem] = result
@@ -2189,19 +2121,15 @@ class Store:
 
     def result(self, cfg: Config) -> dict | None:
         """The stored result of this run, if any; ValueError where the name holds another run."""
-        name = f"{run_name(cfg)}.json"
-        path = self.root / name
+        path = self.root / f"{run_name(cfg)}.json"
+        if not path.is_file():
+            return None
         # read anew, not from a cache: another process may have written it meanwhile
-        result = _parse_result(path) if path.is_file() else None
-        if result is None and path.is_file() and not self.frozen:
-            # Whatever it is, it is kept; a run in its place is trained again from its checkpoint,
-            # unless the backup has it.
-            path.rename(path.with_suffix(".json.damaged"))
-            if self.backup is not None and (self.backup / name).is_file():
-                result = _parse_result(self.backup / name)
-                if result is not None:
-                    self._copy(name, self.backup, self.root)
+        result = parse_result(path)
         if result is None:
+            if not self.frozen:
+                # Whatever it is, it is kept; a run in its place goes on from its checkpoint.
+                path.rename(path.with_suffix(".json.damaged"))
             return None
         check_same_run(cfg, result["key"])
         return result
@@ -2280,6 +2208,15 @@ class Store:
         return json.loads(to_json(value))
 
 
+def names_in(folder: Path, pattern: str) -> list[str]:
+    """Files of a folder, by their paths inside it; none, and a warning, where it cannot be read."""
+    try:
+        return sorted(str(f.relative_to(folder)) for f in folder.glob(pattern))
+    except OSError as error:
+        warnings.warn(f"{folder} cannot be listed: {error}", stacklevel=2)
+        return []
+
+
 def write_whole(path: Path, content: bytes):
     """Writes beside the file and renames: a reader sees the old content or the new, never half."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -2333,7 +2270,7 @@ def to_json(value: dict) -> bytes:
 RESULT_FIELDS = {"run": str, "key": dict, "status": str, "config": dict, "history": list}
 
 
-def _parse_result(path: Path) -> dict | None:
+def parse_result(path: Path) -> dict | None:
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
         for name, kind in RESULT_FIELDS.items():

@@ -49,6 +49,7 @@ from tqdm.auto import tqdm
 
 import utils
 from notebooks import extension  # registers its algorithms
+from notebooks.backup import BackedUpStore
 from utils import (
     ALGORITHMS,
     CODE_SHA256,
@@ -79,7 +80,7 @@ class Session:
     """Where a preset's runs live and how they are trained; made by `open_session`."""
     preset: str
     base: Config                 # the preset's configuration, which every experiment changes
-    store: Store
+    store: BackedUpStore
     figures: Path
     seeds: tuple[int, ...]
     workers: int
@@ -144,8 +145,9 @@ def open_session(preset_name: str, seeds: int | Iterable[int] | None = None,
     stop_at = math.inf
     if hours is not None:
         stop_at = time.monotonic() + 3600 * hours
-    return Session(preset_name, base, Store(root, backup, frozen=frozen), figures, seeds,
-                   max(1, workers), SCALES[preset_name], stop_at, figures_backup, tensorboard)
+    store = BackedUpStore(root, frozen=frozen, backup=backup)
+    return Session(preset_name, base, store, figures, seeds, max(1, workers), SCALES[preset_name],
+                   stop_at, figures_backup, tensorboard)
 
 
 def part_of(preset_name: str) -> str:
@@ -1370,7 +1372,7 @@ def _serve_one(pipe, code: str, place: tuple, cfg: Config, name: str, modules: l
 
 @lru_cache(maxsize=1)  # to open one lists the files of its backup, which may be a slow drive
 def _store_at(root: Path, backup: Path | None, minutes: float) -> Store:
-    return Store(root, backup, minutes=minutes, quiet=True)
+    return BackedUpStore(root, minutes, quiet=True, backup=backup)
 
 
 def _follow_parent():
@@ -1728,7 +1730,7 @@ def repeat(cfgs: Iterable[Config], session: Session) -> dict[str, list[str]]:
             raise KeyError(f"{run_name(cfg)} is not stored: there is nothing to repeat")
     differing = {}
     with tempfile.TemporaryDirectory() as folder:
-        anew = replace(session, store=Store(folder, quiet=store.quiet))
+        anew = replace(session, store=BackedUpStore(folder, quiet=store.quiet))
         for test in (True, False):
             runs = [Config(**result["config"]) for result in stored.values()
                     if ("test" in result) == test]
@@ -2110,7 +2112,7 @@ def budget(preset_name: str, seeds: int = 1, store: Store | None = None,
     """
     with tempfile.TemporaryDirectory() as folder:
         base = preset(preset_name, dataset="cifar100")
-        session = Session(preset_name, base, Store(Path(folder), frozen=True),
+        session = Session(preset_name, base, BackedUpStore(Path(folder), frozen=True),
                           Path(folder), tuple(range(seeds)), 1, SCALES[preset_name])
         plans = {name: planned(name, session) for name, section in SECTIONS.items()
                  if notebook in (None, section.notebook)}

@@ -995,9 +995,7 @@ def train_without(cfg: Config, clients: Iterable[int], store: Store, **options) 
 
 def store_without(store: Store, clients: Iterable[int]) -> Store:
     """The folder, inside `store`, of runs in which these clients never answer."""
-    folder = "without_" + "_".join(map(str, clients))
-    backup = None if store.backup is None else store.backup / folder
-    return replace(store, root=store.root / folder, backup=backup)
+    return store.inside("without_" + "_".join(map(str, clients)))
 
 
 # ------------------------------------------------------------------ overlap of masks

@@ -36,6 +36,7 @@ from matplotlib.ticker import LogFormatter
 
 import utils
 from notebooks import experiments, extension
+from notebooks.backup import BackedUpStore
 from notebooks.experiments import (
     Comparison,
     Session,
@@ -1769,13 +1770,13 @@ def other_session(session: Session, name: str) -> Session:
     root = outside(session.store.root, session) / part
     figures = outside(session.figures, session) / part
     if name == "demo":
-        store = Store(root, frozen=session.store.frozen)
+        store = BackedUpStore(root, frozen=session.store.frozen)
         return replace(session, preset=name, base=preset(name), store=store, figures=figures,
                        figures_backup=None)
     needs_no_gpu = session.preset in ("full", "lite")  # or this session would not be open
     opened = open_session(name, session.seeds, workers=session.workers, on_cpu=needs_no_gpu)
-    return replace(opened, store=Store(root, frozen=session.store.frozen), figures=figures,
-                   stop_at=session.stop_at, tensorboard=session.tensorboard)
+    return replace(opened, store=BackedUpStore(root, frozen=session.store.frozen),
+                   figures=figures, stop_at=session.stop_at, tensorboard=session.tensorboard)
 
 
 def outside(folder: Path, session: Session) -> Path:

@@ -13,7 +13,7 @@ import pandas as pd
 
 from notebooks import experiments
 from notebooks.experiments import SECTIONS, Section, Session, open_session
-from utils import Config, Store, run_name
+from utils import Config, run_name
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,7 @@ def text_of(part) -> str:
 
 def frozen_session(preset: str) -> Session:
     session = open_session(preset, on_cpu=True)
-    store = Store(session.store.root, frozen=True)
-    return replace(session, store=store)
+    return replace(session, store=replace(session.store, frozen=True))
 
 
 def read_cells(session: Session) -> Cells:

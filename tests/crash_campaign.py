@@ -31,6 +31,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).
 from helpers import CFG, make_small, resumed, same_state, timeless  # noqa: E402
 
 import utils  # noqa: E402
+from notebooks.backup import BackedUpStore  # noqa: E402
 from utils import Config, Store  # noqa: E402
 
 BASE = replace(CFG, num_clients=4, participation=0.5, num_rounds=8, num_epochs=8, eval_every=1)
@@ -154,7 +155,7 @@ def check_end(cfg: Config, result: dict, store: Store, whole: Store):
 def unbroken(cfg: Config, folder: Path) -> tuple[Store, Counter, float]:
     """The reference run, how often it passes each moment, and its seconds."""
     counts, began = Counter(), time.monotonic()
-    store = Store(folder / "root", folder / "backup", minutes=0.0, quiet=True)
+    store = BackedUpStore(folder / "root", 0.0, quiet=True, backup=folder / "backup")
     with watched(store, lambda name, path: counts.update([name])):
         utils.train(cfg, store)
     return store, counts, time.monotonic() - began
@@ -168,12 +169,12 @@ def cell(cfg: Config, moment: str, kills: int, draw: random.Random, folder: Path
         if store is None:
             runs += 1
             place, safe = folder / f"{moment}{runs}", mmap(-1, 8)
-        store = Store(place / "root", place / "backup", minutes=0.0, quiet=True)
+        store = BackedUpStore(place / "root", 0.0, quiet=True, backup=place / "backup")
         nth = draw.randint(1, max(1, counts[moment] // 2)) if hits < kills else 0
         limit = draw.uniform(0, 0.7 * seconds) if moment == "any" and nth else 600
         if died(child(cfg, store, moment, nth, draw.random(), safe), limit):
             hits += 1
-            check_remains(cfg, Store(store.root, store.backup, frozen=True), safe[0])
+            check_remains(cfg, replace(store, frozen=True), safe[0])
         else:
             check_end(cfg, utils.train(cfg, store), store, whole)
             store = None

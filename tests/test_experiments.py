@@ -12,6 +12,7 @@ from helpers import CFG, make_small
 
 import utils
 from notebooks import experiments
+from notebooks.backup import BackedUpStore
 from notebooks.experiments import (
     SCALES,
     SECTIONS,
@@ -46,7 +47,7 @@ BASE = preset("small", dataset="synthetic")
 
 
 def session_of(path, base=BASE, name="small", seeds=(0,), **options):
-    return Session(name, base, Store(path, quiet=True), path / "figures", seeds, 1,
+    return Session(name, base, BackedUpStore(path, quiet=True), path / "figures", seeds, 1,
                    experiments.SCALES[name], **options)
 
 

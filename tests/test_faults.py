@@ -19,6 +19,7 @@ import pytest
 from helpers import CFG, make_small, quietly, resumed, timeless
 
 import utils
+from notebooks.backup import BackedUpStore
 from utils import Store, run_name, train
 
 SHORT = replace(CFG, num_clients=4, participation=0.5, num_rounds=4, eval_every=1)
@@ -99,12 +100,12 @@ def test_a_run_on_a_disk_that_fills_up_goes_on_when_there_is_room(disk, whole):
 
 def test_a_full_backup_never_stops_a_run(disk, tmp_path):
     (disk / "others").write_bytes(b"x" * 500_000)
-    store = Store(tmp_path / "root", disk / "drive", minutes=0.0)
+    store = BackedUpStore(tmp_path / "root", 0.0, backup=disk / "drive")
     with pytest.warns(UserWarning, match=r"(?i)could not be copied.*no space"):
         result = train(SHORT, store)
     assert result["status"] == "finished"
     (disk / "others").unlink()
-    Store(tmp_path / "root", disk / "drive")  # the next process catches up
+    BackedUpStore(tmp_path / "root", backup=disk / "drive")  # the next process catches up
     assert files(store.root) == files(store.backup)
 
 
@@ -209,7 +210,7 @@ def test_a_damaged_result_is_made_again_from_the_checkpoint(tmp_path, monkeypatc
 def test_of_two_copies_of_a_checkpoint_the_sound_one_is_taken(two_checkpoints, tmp_path, sound):
     for place in ("root", "backup"):
         shutil.copytree(two_checkpoints.root, tmp_path / place)
-    store = Store(tmp_path / "root", tmp_path / "backup")
+    store = BackedUpStore(tmp_path / "root", backup=tmp_path / "backup")
     bad = tmp_path / ("backup" if sound == "root" else "root")
     damage(bad / store.names(CKPT)[1], lambda content: content[:100])
     assert quietly(newest_round, store) == 3
@@ -219,7 +220,7 @@ def test_of_two_copies_of_a_checkpoint_the_sound_one_is_taken(two_checkpoints, t
 def test_a_checkpoint_that_has_not_arrived_in_the_backup_is_passed_over(two_checkpoints, tmp_path,
                                                                         kind):
     shutil.copytree(two_checkpoints.root, tmp_path / "backup")
-    store = Store(tmp_path / "new machine", tmp_path / "backup")
+    store = BackedUpStore(tmp_path / "new machine", backup=tmp_path / "backup")
     late = store.backup / store.names(CKPT)[1]
     content = late.read_bytes()
     late.unlink()
@@ -254,7 +255,7 @@ def break_reads(patch, folder):
 
 
 def test_a_backup_that_vanishes_and_returns_is_tried_again(tmp_path, monkeypatch, whole):
-    store = Store(tmp_path / "root", tmp_path / "backup", minutes=0.0)
+    store = BackedUpStore(tmp_path / "root", 0.0, backup=tmp_path / "backup")
     with monkeypatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter("ignore")
 
@@ -272,16 +273,16 @@ def test_a_backup_that_stays_away_is_caught_up_by_the_next_process(tmp_path, mon
     root, backup = tmp_path / "root", tmp_path / "backup"
     with monkeypatch.context() as patch:
         break_reads(patch, backup)
-        result = quietly(train, SHORT, quietly(Store, root, backup))
+        result = quietly(train, SHORT, quietly(BackedUpStore, root, backup=backup))
     assert result["status"] == "finished"
     assert not backup.exists()
-    assert train(SHORT, Store(root, backup)) == result
+    assert train(SHORT, BackedUpStore(root, backup=backup)) == result
     assert files(root) == files(backup)
 
 
 def test_a_lost_mount_is_never_replaced_by_a_folder(tmp_path):
     """A folder in its place would hide that the drive is gone, and it could not be mounted."""
-    store = Store(tmp_path / "root", tmp_path / "drive" / "results")
+    store = BackedUpStore(tmp_path / "root", backup=tmp_path / "drive" / "results")
     shutil.rmtree(tmp_path / "drive")
     with pytest.warns(UserWarning, match="is gone"):
         store.write("a.json", b"{}")
@@ -293,10 +294,10 @@ def test_a_lost_mount_is_never_replaced_by_a_folder(tmp_path):
 
 def test_a_store_inside_another_does_not_replace_a_lost_mount_either(tmp_path):
     (tmp_path / "drive" / "project").mkdir(parents=True)
-    store = Store(tmp_path / "root", tmp_path / "drive" / "project" / "results")
+    store = BackedUpStore(tmp_path / "root", backup=tmp_path / "drive" / "project" / "results")
     shutil.rmtree(tmp_path / "drive")
     with pytest.warns(UserWarning, match="cannot be made|is gone"):
-        replace(store, root=store.root / "part", backup=store.backup / "part")
+        store.inside("part")
     assert not (tmp_path / "drive").exists()
 
 

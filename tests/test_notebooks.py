@@ -46,7 +46,7 @@ def put(store, cfg, start=0.30, end=0.35, seconds=10.0, client_norm=2.0, mean_no
 
 def fill(session, section: str):
     """Of a frozen session the cells are known without any measurement."""
-    frozen = replace(session, store=utils.Store(session.store.root, frozen=True))
+    frozen = replace(session, store=replace(session.store, frozen=True))
     for i, cfg in enumerate(section_runs(section, frozen)):
         put(session.store, cfg, end=0.35 + 0.001 * i)
 
@@ -77,7 +77,7 @@ DRAWN = [
 @pytest.mark.parametrize(("draw", "section", "name"), DRAWN, ids=[d[2] for d in DRAWN])
 def test_a_figure_of_what_is_stored_has_the_same_bytes_again_and_print_size(
         session, draw, section, name):
-    frozen = replace(session, store=utils.Store(session.store.root, frozen=True))
+    frozen = replace(session, store=replace(session.store, frozen=True))
     fill(session, section)
     contents = []
     for _ in range(2):
@@ -96,7 +96,7 @@ def test_a_figure_of_which_nothing_is_stored_says_so_and_leaves_no_file(
         session, draw, section, name, monkeypatch):
     said = []
     monkeypatch.setattr(figures, "display", lambda shown: said.append(shown.data))
-    draw(replace(session, store=utils.Store(session.store.root, frozen=True)))
+    draw(replace(session, store=replace(session.store, frozen=True)))
     assert "stored yet" in said[0]
     assert not (session.figures / f"{name}.png").exists()
 
@@ -239,7 +239,7 @@ def test_a_stopped_section_stops_the_cells_below(session, monkeypatch, stop_at, 
         trained.append(name)
         return [CFG]  # something is left
     monkeypatch.setattr(experiments, "run_section", run_section)
-    store = utils.Store(session.store.root, frozen=frozen)
+    store = replace(session.store, frozen=frozen)
     stopped = replace(session, stop_at=stop_at, store=store)
     if raises:
         with pytest.raises(figures.Stopped) as told:

@@ -7,6 +7,7 @@ from helpers import CFG, make_small
 
 import utils
 from notebooks import experiments, figures
+from notebooks.backup import BackedUpStore
 from notebooks.experiments import open_session, train_all
 from notebooks.figures import panel
 from utils import run_name
@@ -165,7 +166,7 @@ def test_a_chosen_method_has_the_servers_rate_of_the_comparison(session):
 
 def test_another_preset_lies_beside_the_working_copy(session, tmp_path):
     """Not in the project's own folder, which may be on a drive that is slow."""
-    moved = replace(session, preset="full", store=utils.Store(tmp_path / "elsewhere/full"),
+    moved = replace(session, preset="full", store=BackedUpStore(tmp_path / "elsewhere/full"),
                     figures=tmp_path / "pictures/full", tensorboard=True)
     other = figures.other_session(moved, "lite")  # no GPU is asked for: `full` was opened without
     assert (other.store.root, other.figures) == (tmp_path / "elsewhere/lite",
@@ -217,12 +218,12 @@ def test_the_stored_runs_are_listed_and_synthetic_images_marked(session):
 
 def test_a_click_opens_no_file_of_the_drive_and_parses_nothing_twice(
         session, tmp_path, monkeypatch):
-    slow = utils.Store(session.store.root, tmp_path / "drive", quiet=True)
+    slow = BackedUpStore(session.store.root, quiet=True, backup=tmp_path / "drive")
     on_drive = replace(session, store=slow)
     experiments.train_all([START], on_drive)
     parsed = []
-    honest = utils._parse_result
-    monkeypatch.setattr(utils, "_parse_result", lambda path: parsed.append(path) or honest(path))
+    honest = utils.parse_result
+    monkeypatch.setattr(utils, "parse_result", lambda path: parsed.append(path) or honest(path))
     chosen = panel(on_drive, START, *NAMES)
     drive_was = (tmp_path / "drive").rename(tmp_path / "gone")
     parsed.clear()

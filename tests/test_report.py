@@ -12,6 +12,7 @@ from dataclasses import asdict, replace
 import pytest
 
 from notebooks import experiments
+from notebooks.backup import BackedUpStore
 from notebooks.experiments import SECTIONS, Session, rate_of, rung_of
 from report import cells as cells_of
 from report import claims as claims_of
@@ -32,7 +33,7 @@ CLAIMS = claims_of.read_claims()
 # ------------------------------------------------------------------ stored runs, made up
 def session_in(folder, name: str = "small") -> Session:
     """Three seeds in every section, so that means and intervals can be computed by hand."""
-    store = Store(folder, frozen=True)
+    store = BackedUpStore(folder, frozen=True)
     scale = replace(experiments.SCALES[name], more_seeds=())
     return Session(name, preset(name), store, folder / "figures", (0, 1, 2), 1, scale)
 
@@ -100,7 +101,7 @@ def put_trade_offs(folder, session: Session):
         return keep(store, kind, key, lambda: dict(clients=[0], **curve))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Store, "compute_or_load", made_up)
-        experiments.trade_offs(replace(session, store=Store(folder, quiet=True)))
+        experiments.trade_offs(replace(session, store=BackedUpStore(folder, quiet=True)))
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,7 @@ from helpers import (
 )
 
 import utils
+from notebooks.backup import BackedUpStore
 from utils import Store, run_name
 from utils import train_federated as federated
 
@@ -39,7 +40,7 @@ def store(tmp_path):
 
 @pytest.fixture
 def backed(tmp_path):
-    return Store(tmp_path / "root", tmp_path / "drive")
+    return BackedUpStore(tmp_path / "root", backup=tmp_path / "drive")
 
 
 def stop_after(number):
@@ -100,7 +101,7 @@ def test_a_folder_may_begin_at_home(tmp_path, monkeypatch):
     monkeypatch.setenv("RESULTS_DIR", "~/x")
     monkeypatch.chdir(tmp_path)
     assert Store().root == tmp_path / "x"
-    assert Store("~/y", "~/z").backup == tmp_path / "z"
+    assert BackedUpStore("~/y", backup="~/z").backup == tmp_path / "z"
     assert not (tmp_path / "~").exists()
 
 
@@ -306,7 +307,7 @@ def test_what_a_wiped_machine_had_is_found_in_the_backup(backed, monkeypatch):
     federated(replace(SHORT, name="cut"), backed, watch=stop_after(2))
     result = federated(SHORT, backed)
     shutil.rmtree(backed.root)
-    again = Store(backed.root, backed.backup)
+    again = replace(backed)
     assert (again.root / f"{run_name(SHORT)}.npy").is_file()
     assert again.results() == {result["run"]: result}
     assert resumed(replace(SHORT, name="cut"), again).round == 2
@@ -317,10 +318,10 @@ def test_what_a_wiped_machine_had_is_found_in_the_backup(backed, monkeypatch):
 def test_an_older_version_in_the_backup_is_replaced_by_the_next_process(backed, monkeypatch):
     backed.write("a.json", b"{}")
     with monkeypatch.context() as patch:
-        patch.setattr(Store, "_copy", lambda *args: False)  # the drive takes nothing
+        patch.setattr(BackedUpStore, "_copy", lambda *args: False)  # the drive takes nothing
         backed.write("a.json", b'{"new": 1}')
     assert (backed.backup / "a.json").read_bytes() == b"{}"
-    again = Store(backed.root, backed.backup)
+    again = replace(backed)
     assert (again.backup / "a.json").read_bytes() == b'{"new": 1}'
 
 
@@ -330,7 +331,7 @@ def test_a_newer_version_in_the_backup_is_another_machines_and_is_taken(backed):
     newer.write_bytes(b'{"made": "anew"}')
     later = (backed.root / "a.json").stat().st_mtime + 60
     os.utime(newer, (later, later))
-    again = Store(backed.root, backed.backup)
+    again = replace(backed)
     assert newer.read_bytes() == (again.root / "a.json").read_bytes() == b'{"made": "anew"}'
 
 
@@ -353,7 +354,7 @@ def test_a_frozen_store_finds_results_in_the_backup_and_copies_nothing_there(bac
     shutil.rmtree(backed.root)
     backed.root.mkdir()
     (backed.root / "here.json").write_text("{}")
-    frozen = Store(backed.root, backed.backup, frozen=True)
+    frozen = replace(backed, frozen=True)
     assert frozen.result(SHORT) == result
     assert not (backed.backup / "here.json").exists()
 
@@ -400,7 +401,7 @@ def test_results_reach_the_backup_after_what_they_name(backed, monkeypatch):
 
 
 def test_training_goes_on_while_the_backup_fails_and_catches_up(tmp_path, monkeypatch):
-    store = Store(tmp_path / "root", tmp_path / "drive", minutes=0)
+    store = BackedUpStore(tmp_path / "root", minutes=0, backup=tmp_path / "drive")
     rename = os.replace
 
     def full(part, path):

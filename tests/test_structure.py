@@ -22,9 +22,11 @@ MODULES = ["utils.py", *sorted(str(f.relative_to(ROOT)) for folder in FOLDERS
 UTILS_LINES = 2680  # a ceiling, so that what is added is noticed
 BELOW = {  # what a module or folder may import, beside its own folder's modules outside notebooks/
     "utils": set(),
+    "notebooks.backup": {"utils"},
     "notebooks.extension": {"utils"},
-    "notebooks.experiments": {"utils", "notebooks.extension"},
-    "notebooks.figures": {"utils", "notebooks.extension", "notebooks.experiments"},
+    "notebooks.experiments": {"utils", "notebooks.backup", "notebooks.extension"},
+    "notebooks.figures": {"utils", "notebooks.backup", "notebooks.extension",
+                          "notebooks.experiments"},
     "notebooks.start": set(),  # it finds and loads the others by their paths
     "distributed": {"utils", "notebooks.extension", "distributed"},
     "report": {"utils", "notebooks.experiments", "notebooks.extension", "report"},

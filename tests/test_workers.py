@@ -12,8 +12,9 @@ from helpers import Mine
 
 import utils
 from notebooks import experiments
+from notebooks.backup import BackedUpStore
 from notebooks.experiments import Session, close_workers, train_all
-from utils import Config, FedAvg, Store, register_algorithm, run_name
+from utils import Config, FedAvg, register_algorithm, run_name
 
 # Workers are processes of their own: nothing that a test patches reaches them, so these are real
 # runs, of the real small ViT, and as short as can be.
@@ -32,7 +33,7 @@ GRID = [
 
 
 def session_of(path, workers=2, **options):
-    store = Store(path, minutes=0, quiet=True)
+    store = BackedUpStore(path, minutes=0, quiet=True)
     return Session("small", CFG, store, path / "figures", (0,), workers,
                    experiments.SCALES["small"], **options)
 
