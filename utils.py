@@ -845,20 +845,15 @@ def sensitivity(model: nn.Module, images: Tensor, labels: Tensor | np.random.Gen
     total = {n: torch.zeros_like(stored[n], dtype=torch.float64, device=precise_device(images))
              for n in names}
 
-    # A layer's input is known in the forward pass, the gradient of its output in the backward pass.
-    def score_when_backward(module, layer, inputs, output):
-        def accumulate(d):
-            squares = squared_gradients(layer, inputs[0].detach(), d)
-            for p, values in squares.items():
-                name = f"{module}.{p}"
-                if name in total:
-                    total[name] += values.to(total[name].device)
-        output.register_hook(accumulate)
+    def accumulate(module, layer, x, d):
+        for p, values in squared_gradients(layer, x, d).items():
+            name = f"{module}.{p}"
+            if name in total:
+                total[name] += values.to(total[name].device)
 
     scored = {n.rpartition(".")[0] for n in names}
-    hooks = [layers[m].register_forward_hook(partial(score_when_backward, m)) for m in scored]
     model.eval()
-    try:
+    with called_in_backward({m: layers[m] for m in scored}, accumulate):
         for i in range(0, len(images), chunk):
             x = model_input(images[i:i + chunk], model)
             # The gradient is asked for the input, so that it passes through every layer on its way
@@ -871,10 +866,24 @@ def sensitivity(model: nn.Module, images: Tensor, labels: Tensor | np.random.Gen
             check_labels(y, len(x), log_p.shape[1])
             log_likelihood = log_p.gather(1, y[:, None]).sum()
             torch.autograd.grad(log_likelihood, x)
+    return total
+
+
+@contextmanager
+def called_in_backward(layers: dict[str, nn.Module], function: Callable):
+    """`function(name, layer, x, d)` is called for every layer in a backward pass: x is its input,
+    d the gradient with respect to its output."""
+    def remember(name, layer, inputs, output):
+        # the input is known in the forward pass, d only in the backward pass
+        x = inputs[0].detach()
+        output.register_hook(lambda d: function(name, layer, x, d))
+
+    hooks = [layer.register_forward_hook(partial(remember, name)) for name, layer in layers.items()]
+    try:
+        yield
     finally:
         for hook in hooks:
             hook.remove()
-    return total
 
 
 def precise_device(tensor: Tensor) -> torch.device:
@@ -922,20 +931,8 @@ def select_lowest(scores: Tensor, k: int, draw: np.random.Generator) -> Tensor:
     return lowest
 
 
-def _least_sensitive(weights, fisher, draw):
-    return fisher
-
-
-def _most_sensitive(weights, fisher, draw):
-    return negate(fisher)
-
-
-def _lowest_magnitude(weights, fisher, draw):
+def _magnitude(weights, fisher, draw):
     return {n: w.abs() for n, w in weights.items()}
-
-
-def _highest_magnitude(weights, fisher, draw):
-    return {n: -w.abs() for n, w in weights.items()}
 
 
 def _random(weights, fisher, draw):
@@ -955,10 +952,10 @@ def _query_key(weights, fisher, draw):
     return scores
 
 
-register_rule("least_sensitive", _least_sensitive, needs_fisher=True)
-register_rule("most_sensitive", _most_sensitive, needs_fisher=True)
-register_rule("lowest_magnitude", _lowest_magnitude)
-register_rule("highest_magnitude", _highest_magnitude)
+register_rule("least_sensitive", lambda weights, fisher, draw: fisher, needs_fisher=True)
+register_rule("most_sensitive", lambda weights, fisher, draw: negate(fisher), needs_fisher=True)
+register_rule("lowest_magnitude", _magnitude)
+register_rule("highest_magnitude", lambda *given: negate(_magnitude(*given)))
 register_rule("random", _random)
 register_rule("query_key", _query_key)
 
@@ -1188,12 +1185,11 @@ class Run:
         return sum(int(entries.sum()) for entries in self.mask.values())
 
 
-def local_step(run: Run, optimizer: SparseSGDM, images: Tensor, labels: Tensor,
-               adjust: Callable[[Params], None] | None = None) -> Tensor:
-    """One SGDM step on a batch; its mean loss, left on the device.
+def backward(run: Run, images: Tensor, labels: Tensor) -> Tensor:
+    """Adds the gradients of a batch's mean loss to the weights'; the loss, left on the device.
 
-    `adjust` may change the gradients in their dict, by name, before the mask is applied. The batch
-    is computed in parts of `micro_batch` images, whose gradients are summed.
+    The batch is computed in parts of `micro_batch` images, whose gradients are summed. Raises
+    OutOfMemoryError that says what to lower.
     """
     cfg = run.cfg
     where = images.device
@@ -1201,8 +1197,6 @@ def local_step(run: Run, optimizer: SparseSGDM, images: Tensor, labels: Tensor,
     loss_scale = 1024 if precision_name(cfg, where) == "fp16" else 1
     part_size = cfg.micro_batch or len(images)
     loss = torch.zeros((), device=where)
-
-    optimizer.zero_grad()
     try:
         for x, y in zip(images.split(part_size), labels.split(part_size), strict=True):
             with autocast(cfg, where):
@@ -1216,10 +1210,21 @@ def local_step(run: Run, optimizer: SparseSGDM, images: Tensor, labels: Tensor,
         raise torch.OutOfMemoryError(
             f"{part_size} images at once do not fit into this device's memory: set micro_batch="
             f"{max(1, part_size // 2)}, which gives the same sums in smaller parts") from error
-
-    gradients = {n: p.grad for n, p in run.trainable.items()}
     if loss_scale != 1:
-        torch._foreach_mul_(list(gradients.values()), 1 / loss_scale)
+        torch._foreach_mul_([p.grad for p in run.trainable.values()], 1 / loss_scale)
+    return loss
+
+
+def local_step(run: Run, optimizer: SparseSGDM, images: Tensor, labels: Tensor,
+               adjust: Callable[[Params], None] | None = None) -> Tensor:
+    """One SGDM step on a batch; its mean loss, left on the device.
+
+    `adjust` may change the gradients in their dict, by name, before the mask is applied.
+    """
+    cfg = run.cfg
+    optimizer.zero_grad()
+    loss = backward(run, images, labels)
+    gradients = {n: p.grad for n, p in run.trainable.items()}
     if adjust is not None:
         adjust(gradients)
         check_layout(f"algorithm {cfg.algorithm!r}: what local_gradient() leaves", gradients,
@@ -1467,14 +1472,7 @@ def federated_round(run: Run, state: State, train_cohort=train_cohort) -> State:
     if not update.clients:
         raise RuntimeError(f"none of the clients of round {state.round + 1} answered: {drawn}")
 
-    # The round's only wait for the device.
-    norms = torch.stack([update.squared_norms.mean(), squared_norm(update.vector)]).sqrt()
-    *losses, client_norm, mean_norm = torch.cat([update.losses, norms]).tolist()
-    watched = {f"loss of client {k}": loss for k, loss in zip(update.clients, losses, strict=True)}
-    watched["norm of the task vectors"] = client_norm
-    watched["norm of what combine() returns"] = mean_norm
-    where = update.losses.device
-    check_finite(cfg, where, state.round + 1, lr, watched)
+    row = round_row(run, state, update, lr)
 
     params, algorithm_state = next_state(run, state, update)
     if fingerprint(run, state) != before:
@@ -1482,20 +1480,6 @@ def federated_round(run: Run, state: State, train_cohort=train_cohort) -> State:
                          "place: an interrupted round could not be repeated. Return new tensors, "
                          "and what is kept between rounds as the state of server_step()")
 
-    # Frozen entries need not travel: clients have them. What goes beside is counted in full and
-    # both ways, as control variates go; of a message that only goes up that is too much.
-    entries = len(update.clients) * run.num_trainable()
-    for message in update.messages.values():
-        entries += sum(w.numel() for w in message.values())
-    row = dict(
-        round=state.round + 1,
-        lr=lr,
-        train_loss=sum(losses) / len(losses),
-        client_norm=client_norm,
-        mean_norm=mean_norm,
-        bytes_up=4 * entries,  # in float32
-        bytes_down=4 * entries,
-    )
     if len(update.clients) < len(drawn):
         row["lost"] = sorted(set(drawn) - set(update.clients))
     return replace(
@@ -1505,6 +1489,40 @@ def federated_round(run: Run, state: State, train_cohort=train_cohort) -> State:
         round=row["round"],
         history=(*state.history, row),
     )
+
+
+def round_row(run: Run, state: State, update: CohortUpdate, lr: float) -> dict:
+    """A round's row of the history; FloatingPointError where a loss or a norm is not finite."""
+    # The round's only wait for the device.
+    norms = torch.stack([update.squared_norms.mean(), squared_norm(update.vector)]).sqrt()
+    *losses, client_norm, mean_norm = torch.cat([update.losses, norms]).tolist()
+    watched = {f"loss of client {k}": loss for k, loss in zip(update.clients, losses, strict=True)}
+    watched["norm of the task vectors"] = client_norm
+    watched["norm of what combine() returns"] = mean_norm
+    check_finite(run.cfg, update.losses.device, state.round + 1, lr, watched)
+
+    traffic = bytes_sent(run, update)
+    return dict(
+        round=state.round + 1,
+        lr=lr,
+        train_loss=sum(losses) / len(losses),
+        client_norm=client_norm,
+        mean_norm=mean_norm,
+        bytes_up=traffic,
+        bytes_down=traffic,
+    )
+
+
+def bytes_sent(run: Run, update: CohortUpdate) -> int:
+    """What a round's clients send, in float32: what is trained of the weights, and their messages.
+
+    Frozen entries need not travel: clients have them. Control variates go both ways; of a message
+    that only goes up as much down is too much.
+    """
+    entries = len(update.clients) * run.num_trainable()
+    for message in update.messages.values():
+        entries += sum(w.numel() for w in message.values())
+    return 4 * entries
 
 
 def next_state(run: Run, state: State, update: CohortUpdate) -> tuple[Params, dict[str, Params]]:
@@ -1650,6 +1668,23 @@ def uninterrupted():
         raise KeyboardInterrupt
 
 
+def rounds(run: Run, state: State, step: Callable[[Run, State], State],
+           stop_at: float = math.inf) -> Iterator[State]:
+    """The state after each round (or epoch) up to the run's length, evaluated where that is due.
+
+    Ends early at `stop_at`, in seconds of `time.monotonic`.
+    """
+    cfg = run.cfg
+    while state.round < cfg.length and time.monotonic() < stop_at:
+        began = time.monotonic()
+        after = step(run, state)
+        if after.round % cfg.eval_every == 0 or after.round == cfg.length:
+            after = validate(run, after)
+        # From here on the round counts: an interrupt above repeats it, with the same draws.
+        state = replace(after, seconds=after.seconds + time.monotonic() - began)
+        yield state
+
+
 def run_rounds(run: Run, store: "Store", state: State, step: Callable[[Run, State], State],
                stop_at: float = math.inf, watch: Callable[[Run, State], None] | None = None
                ) -> State:
@@ -1669,17 +1704,12 @@ def run_rounds(run: Run, store: "Store", state: State, step: Callable[[Run, Stat
     try:
         if not state.history:
             state = validate(run, state)  # round 0: what the untrained start is worth
-        while state.round < cfg.length and time.monotonic() < stop_at:
-            began = time.monotonic()
-            after = step(run, state)
-            evaluated = after.round % cfg.eval_every == 0 or after.round == cfg.length
-            if evaluated:
-                after = validate(run, after)
-            # From here on the round counts: an interrupt above repeats it, with the same draws.
-            state = replace(after, seconds=after.seconds + time.monotonic() - began)
+        for after in rounds(run, state, step, stop_at):
+            state = after
             bar.update()
-            if evaluated:
-                bar.set_postfix(val=f"{state.history[-1]['val_top1']:.1%}")
+            row = state.history[-1]
+            if "val_top1" in row:
+                bar.set_postfix(val=f"{row['val_top1']:.1%}")
                 if watch is not None:
                     watch(run, state)
             if state.round < cfg.length and time.monotonic() - saved_at >= 60 * store.minutes:
@@ -1941,36 +1971,18 @@ def logistic_head(parts: list[tuple[Tensor, Tensor]], num_classes: int, l2: floa
     variance = sums.gram.diagonal()[:-1] / n - mean.square()
     std = variance.clamp(min=1e-12).sqrt()
     where = mean.device
-    ready = []
-    for x, y in parts:
-        # Standardised features make the objective round, and L-BFGS fast.
-        standardized = (x.to(where).double() - mean) / std
-        ready.append((standardized, y.to(where)))
+    # Standardised features make the objective round, and L-BFGS fast.
+    ready = [((x.to(where).double() - mean) / std, y.to(where)) for x, y in parts]
 
-    def loss_and_gradient(flat):
+    def objective(flat):
         w = torch.from_numpy(flat).to(where).view(num_classes, -1)
-        weight = w[:, :-1]
-        bias = w[:, -1]
-        gradient = torch.zeros_like(w)
-        gradient[:, :-1] = l2 * weight
-        loss = l2 / 2 * weight.square().sum()
-        for x, y in ready:
-            # what a client computes: with p the predicted and y the true class, X'(p - y)
-            logits = x @ weight.T + bias
-            log_p = logits.log_softmax(1)
-            loss -= log_p.gather(1, y[:, None]).sum()
-            residual = log_p.exp()
-            residual -= F.one_hot(y, num_classes)
-            gradient[:, :-1] += residual.T @ x
-            gradient[:, -1] += residual.sum(0)
-        gradient /= n
-        return (loss / n).item(), gradient.cpu().numpy().ravel()
+        loss, gradient = _logistic_loss(w, ready, l2)
+        return (loss / n).item(), (gradient / n).cpu().numpy().ravel()
 
     # Stopped by the gradient alone: the loss is flat long before the weights have settled.
     options = dict(maxiter=2000, maxfun=4000, maxcor=20, gtol=tolerance, ftol=0)
     start = np.zeros(num_classes * (len(mean) + 1))
-    found = scipy.optimize.minimize(
-        loss_and_gradient, start, jac=True, method="L-BFGS-B", options=options)
+    found = scipy.optimize.minimize(objective, start, jac=True, method="L-BFGS-B", options=options)
     steepest = abs(found.jac).max()
     if not steepest <= 10 * tolerance:
         raise ValueError(f"the logistic head did not converge: its gradient is {steepest:.2g} "
@@ -1978,6 +1990,29 @@ def logistic_head(parts: list[tuple[Tensor, Tensor]], num_classes: int, l2: floa
     w = torch.from_numpy(found.x).to(where).view(num_classes, -1)
     weight = w[:, :-1] / std
     return _checked_head(weight, w[:, -1] - weight @ mean)
+
+
+def _logistic_loss(w: Tensor, parts: list[tuple[Tensor, Tensor]], l2: float
+                   ) -> tuple[Tensor, Tensor]:
+    """The sum over all images that `logistic_head` minimises, and its gradient, of w's shape.
+
+    w (classes, d + 1) holds the weights and, in the last column, the biases.
+    """
+    weight = w[:, :-1]
+    bias = w[:, -1]
+    loss = l2 / 2 * weight.square().sum()
+    gradient = torch.zeros_like(w)
+    gradient[:, :-1] = l2 * weight
+    for x, y in parts:
+        # what a client computes: with p the predicted and y the true class, X'(p - y)
+        logits = x @ weight.T + bias
+        log_p = logits.log_softmax(1)
+        loss -= log_p.gather(1, y[:, None]).sum()
+        residual = log_p.exp()
+        residual -= F.one_hot(y, len(w))
+        gradient[:, :-1] += residual.T @ x
+        gradient[:, -1] += residual.sum(0)
+    return loss, gradient
 
 
 def _checked_head(weight: Tensor, bias: Tensor) -> Params:
@@ -2137,30 +2172,13 @@ class Store:
     def save(self, run: Run, state: State):
         """One checkpoint, its SHA-256 in its name; older ones but one are deleted after it.
 
-        It carries all that the run needs but the backbone: of a sparse run the trainable entries,
-        the mask's bits and the frozen head.
+        Of a run that cannot go on after its end, the last leaves out the algorithm's state.
         """
         cfg = run.cfg
         done = state.round == cfg.length and not state.error
-        # Frozen entries are those of the backbone: of a sparse run only the others are stored.
-        groups = {"params": state.params}
-        if state.best is not None and state.best is not state.params:
-            groups["best"] = state.best
-        tensors = {f"{group}:{n}": w[run.mask[n]] if run.mask else w
-                   for group, params in groups.items() for n, w in params.items()}
-        layout = []  # groups of the algorithm's state and their names, whose order has a meaning
-        if not done or cfg.schedule == "constant":  # which may go on after its end
-            layout = [[group, list(params)] for group, params in state.algorithm_state.items()]
-            tensors |= {f"state/{i}:{n}": state.algorithm_state[group][n]
-                        for i, (group, names) in enumerate(layout) for n in names}
-        if run.mask:
-            # With the mask's bits inside, a lost cache or a calibration that comes out otherwise on
-            # another machine cannot put weights into wrong places.
-            tensors["mask:"] = pack_mask(run.mask)
-            tensors |= {f"head:{n}": run.model.get_parameter(n).detach() for n in HEAD}
-
-        card = dict(key=run_key(cfg), backbone=run.provenance["backbone_sha256"], layout=layout)
-        card |= {name: getattr(state, name) for name in STATE_FIELDS}
+        if done and cfg.schedule != "constant":
+            state = replace(state, algorithm_state={})
+        card, tensors = checkpoint_of(run, state)
         # Cloned: a weight that no round has moved may be one tensor in two groups.
         content = safetensors.torch.save({n: w.contiguous().clone() for n, w in tensors.items()},
                                          {"card": json.dumps(card, allow_nan=False)})
@@ -2206,6 +2224,67 @@ class Store:
             return value
         self.write(f"notes/{name}.json", to_json(value))
         return json.loads(to_json(value))
+
+
+def checkpoint_of(run: Run, state: State) -> tuple[dict, Params]:
+    """A state as (card, tensors), its JSON part and the rest: all but the backbone.
+
+    Of a sparse run these are the trainable entries, the mask's bits and the frozen head.
+    """
+    # Frozen entries are those of the backbone: of a sparse run only the others are stored.
+    groups = {"params": state.params}
+    if state.best is not None and state.best is not state.params:
+        groups["best"] = state.best
+    tensors = {f"{group}:{n}": w[run.mask[n]] if run.mask else w
+               for group, params in groups.items() for n, w in params.items()}
+    # The groups of the algorithm's state and their names, whose order has a meaning.
+    layout = [[group, list(params)] for group, params in state.algorithm_state.items()]
+    for i, params in enumerate(state.algorithm_state.values()):
+        tensors |= {f"state/{i}:{n}": w for n, w in params.items()}
+    if run.mask:
+        # With the mask's bits inside, a lost cache or a calibration that comes out otherwise on
+        # another machine cannot put weights into wrong places.
+        tensors["mask:"] = pack_mask(run.mask)
+        tensors |= {f"head:{n}": run.model.get_parameter(n).detach() for n in HEAD}
+
+    card = dict(key=run_key(run.cfg), backbone=run.provenance["backbone_sha256"], layout=layout)
+    card |= {name: getattr(state, name) for name in STATE_FIELDS}
+    return card, tensors
+
+
+def state_of(run: Run, start: State, card: dict, tensors: Params) -> State:
+    """The inverse of `checkpoint_of`; ValueError where the tensors are not those of the run."""
+    weights = {}
+    for group in ("params", "best"):
+        # safetensors has an order of its own; the model's is the one that sums and bits depend on
+        params = {n: tensors.pop(f"{group}:{n}") for n in start.params
+                  if f"{group}:{n}" in tensors}
+        if not params and group == "best":
+            continue
+        like = start.params
+        if run.mask is not None:
+            like = {n: torch.empty(int(run.mask[n].sum())) for n in start.params}
+        check_layout(f"the checkpoint of {run_name(run.cfg)}", params, like)
+        if run.mask is not None:
+            params = {n: w.masked_scatter(run.mask[n], params[n])
+                      for n, w in start.params.items()}
+        weights[group] = params
+    algorithm_state = {group: {n: tensors.pop(f"state/{i}:{n}") for n in names}
+                       for i, (group, names) in enumerate(card["layout"])}
+    foreign = [n for n in tensors if not n.startswith(("mask:", "head:"))]
+    if foreign:
+        raise ValueError(
+            f"the checkpoint of {run_name(run.cfg)} has foreign tensors, such as {foreign[:5]}")
+    return State(
+        params=weights["params"],
+        round=card["round"],
+        history=tuple(card["history"]),
+        algorithm_state=algorithm_state,
+        best=weights.get("best", weights["params"]),
+        best_round=card["best_round"],
+        seconds=card["seconds"],
+        segments=tuple(card["segments"]),
+    )
 
 
 def names_in(folder: Path, pattern: str) -> list[str]:
@@ -2315,13 +2394,12 @@ def open_run(cfg: Config, store: Store | None = None, head: Params | None = None
             mask = unpack_mask(tensors["mask:"], maskable(model))
 
     # The head first: the mask is calibrated with it.
-    if cfg.head != "probe":
-        fitted = cfg.head != "train" or cfg.rule
-        # a checkpoint of all weights has the head among them, one of a start has none
-        if head is None and fitted and not (saved and resume):
-            head = make_head(cfg, store, data, model, provenance["backbone_sha256"], stop_at)
-        if head is not None:
-            model.load_state_dict(backbone(model) | head)
+    begins_with_head = cfg.head in ("logistic", "lda", "ridge") or cfg.head == "train" and cfg.rule
+    # a checkpoint of all weights has the head among them, one of a start has none
+    if head is None and begins_with_head and not (saved and resume):
+        head = make_head(cfg, store, data, model, provenance["backbone_sha256"], stop_at)
+    if head is not None:
+        model.load_state_dict(backbone(model) | head)
     if cfg.rule and mask is None:
         mask = make_mask(cfg, store, data, model, shards)
     if cfg.rule:
@@ -2341,7 +2419,7 @@ def open_run(cfg: Config, store: Store | None = None, head: Params | None = None
     start = State({n: w.clone() for n, w in run.weights().items()})
     if saved is None or not resume:
         return run, start
-    return run, _saved_state(run, start, *saved)
+    return run, state_of(run, start, *saved)
 
 
 def deal_out(cfg: Config, data: Data) -> list[np.ndarray]:
@@ -2465,41 +2543,6 @@ def mask_provenance(cfg: Config, mask: Params) -> dict:
         maskable=entries,
         per_layer=trainable_per_layer(mask),
         bytes_up=bits * entries // 8 * scorers,
-    )
-
-
-def _saved_state(run: Run, start: State, card: dict, tensors: Params) -> State:
-    """The State of a checkpoint; ValueError where its tensors are not those of the run."""
-    weights = {}
-    for group in ("params", "best"):
-        # safetensors has an order of its own; the model's is the one that sums and bits depend on
-        params = {n: tensors.pop(f"{group}:{n}") for n in start.params
-                  if f"{group}:{n}" in tensors}
-        if not params and group == "best":
-            continue
-        like = start.params
-        if run.mask is not None:
-            like = {n: torch.empty(int(run.mask[n].sum())) for n in start.params}
-        check_layout(f"the checkpoint of {run_name(run.cfg)}", params, like)
-        if run.mask is not None:
-            params = {n: w.masked_scatter(run.mask[n], params[n])
-                      for n, w in start.params.items()}
-        weights[group] = params
-    algorithm_state = {group: {n: tensors.pop(f"state/{i}:{n}") for n in names}
-                       for i, (group, names) in enumerate(card["layout"])}
-    foreign = [n for n in tensors if not n.startswith(("mask:", "head:"))]
-    if foreign:
-        raise ValueError(
-            f"the checkpoint of {run_name(run.cfg)} has foreign tensors, such as {foreign[:5]}")
-    return State(
-        params=weights["params"],
-        round=card["round"],
-        history=tuple(card["history"]),
-        algorithm_state=algorithm_state,
-        best=weights.get("best", weights["params"]),
-        best_round=card["best_round"],
-        seconds=card["seconds"],
-        segments=tuple(card["segments"]),
     )
 
 
