@@ -37,7 +37,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import cache, lru_cache, partial
+from functools import cache, lru_cache, partial, reduce
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Literal
@@ -1062,7 +1062,8 @@ def check_layout(what: str, found: Params, like: Params):
         raise ValueError(f"{what} must be a dict by weight, not {type(found).__name__}")
     shapes = {n: w.shape for n, w in found.items() if isinstance(w, Tensor)}
     wanted = {n: w.shape for n, w in like.items()}
-    wrong = sorted(n for n in found.keys() | wanted.keys() if shapes.get(n) != wanted.get(n))
+    names = sorted(found.keys() | wanted.keys())
+    wrong = [n for n in names if shapes.get(n) != wanted.get(n)]
     if wrong:
         examples = {n: (shapes.get(n), wanted.get(n)) for n in wrong[:3]}
         raise ValueError(f"{what} must be tensors with the names and shapes of the weights. "
@@ -1549,7 +1550,9 @@ def fingerprint(run: Run, state: State) -> list:
     """What hooks must leave alone: the names and versions of the tensors of a state, and what the
     algorithm keeps on itself. Torch counts the changes of each tensor."""
     groups = {"": state.params} | {str(g): t for g, t in state.algorithm_state.items()}
-    tensors = [(g, n, id(w), w._version) for g, group in groups.items() for n, w in group.items()]
+    tensors = []
+    for group, named in groups.items():
+        tensors += [(group, n, id(w), w._version) for n, w in named.items()]
     kept = [(name, id(value)) for name, value in vars(run.algorithm).items()]
     return [tensors, kept]
 
@@ -1880,8 +1883,10 @@ def _check_backbone(path: Path, state: Params, wanted: Params):
         depth = len({n.split(".")[1] for n in weights if n.startswith("blocks.")})
         return f"a ViT of patch {embedding.shape[2]}, width {embedding.shape[0]}, depth {depth}"
     free_size = {"pos_embed"}  # resampled to the image size
-    wrong = sorted(n for n in state.keys() | wanted.keys() if n not in state or n not in wanted
-                   or n not in free_size and state[n].shape != wanted[n].shape)
+    wrong = sorted(state.keys() ^ wanted.keys())
+    for n in sorted(state.keys() & wanted.keys()):
+        if n not in free_size and state[n].shape != wanted[n].shape:
+            wrong.append(n)
     if wrong or state["pos_embed"].ndim != 3:
         raise ValueError(f"{path} holds {describe(state)}; needed is {describe(wanted)}. They "
                          f"differ in {wrong[:5] or ['pos_embed']}")
@@ -1902,51 +1907,44 @@ def extract_features(model: nn.Module, images: Tensor, batch: int = 500) -> Tens
             for x in images.split(batch)])
 
 
-@dataclass(frozen=True)
-class FeatureSums:
-    """All that a client tells of its features for a closed-form head, in float64."""
-    gram: Tensor    # X'X (d + 1, d + 1), with a last column of ones
-    target: Tensor  # X'Y (d + 1, classes); the last row counts the classes
+def feature_sums(x: Tensor, labels: Tensor, num_classes: int) -> Params:
+    """All that a client tells of its features x (n, d) for a closed-form head, in float64.
 
-    def __add__(self, other: "FeatureSums") -> "FeatureSums":
-        return FeatureSums(self.gram + other.gram, self.target + other.target)
-
-
-def feature_sums(x: Tensor, labels: Tensor, num_classes: int) -> FeatureSums:
-    """Sums over features x (n, d) and labels (n,); those of all clients add up to the pooled."""
+    "gram" is X'X (d + 1, d + 1), with a last column of ones; "target" X'Y (d + 1, classes), whose
+    last row counts the classes. The sums of all clients add up to the pooled ones.
+    """
     check_labels(labels, len(x), num_classes)
     where = precise_device(x)
     x = x.to(where).double()
     x = torch.cat([x, torch.ones_like(x[:, :1])], 1)
     targets = F.one_hot(labels.to(where), num_classes).double()
-    return FeatureSums(x.T @ x, x.T @ targets)
+    return dict(gram=x.T @ x, target=x.T @ targets)
 
 
-def pooled_sums(parts: list[tuple[Tensor, Tensor]], num_classes: int) -> FeatureSums:
+def pooled_sums(parts: list[tuple[Tensor, Tensor]], num_classes: int) -> Params:
     """The sums over all clients, from a pair of features and labels each."""
-    first, *others = (feature_sums(x, y, num_classes) for x, y in parts)
-    return sum(others, first)
+    return reduce(add, [feature_sums(x, y, num_classes) for x, y in parts])
 
 
-def ridge_head(sums: FeatureSums, l2: float) -> Params:
+def ridge_head(sums: Params, l2: float) -> Params:
     """Ridge regression on one-hot targets, W = (X'X + l2)^-1 X'Y, in float64; the bias is free."""
-    penalty = torch.full_like(sums.gram[0], l2)
+    penalty = torch.full_like(sums["gram"][0], l2)
     penalty[-1] = 0
-    w = torch.linalg.solve(sums.gram + penalty.diag(), sums.target)
+    w = torch.linalg.solve(sums["gram"] + penalty.diag(), sums["target"])
     return _checked_head(w[:-1].T, w[-1])
 
 
-def lda_head(sums: FeatureSums) -> Params:
+def lda_head(sums: Params) -> Params:
     """Linear discriminant analysis: one Gaussian a class with a shared covariance S, in float64.
 
     W = S^-1 mu_c, b_c = log(n_c / n) - mu_c' S^-1 mu_c / 2 (Hastie et al. 2009, sec. 4.3). Classes
     without images get a bias of minus infinity's stand-in, the lowest of the others less 100.
     """
-    counts = sums.target[-1]
+    counts = sums["target"][-1]
     n = counts.sum()
     present = counts > 0
-    means = sums.target[:-1] / counts.clamp(min=1)
-    within = (sums.gram[:-1, :-1] - (means * counts) @ means.T) / n
+    means = sums["target"][:-1] / counts.clamp(min=1)
+    within = (sums["gram"][:-1, :-1] - (means * counts) @ means.T) / n
     # Features of a narrow data set may be dependent: a millionth of the variance keeps S regular.
     within.diagonal().add_(1e-6 * within.diagonal().mean())
     weight = torch.linalg.solve(within, means)
@@ -1965,10 +1963,10 @@ def logistic_head(parts: list[tuple[Tensor, Tensor]], num_classes: int, l2: floa
     one. Features are standardised by their sums first. Stops where no entry of the gradient of the
     mean loss is above `tolerance`; ValueError where one stays above ten times that.
     """
-    sums = pooled_sums(parts, num_classes)
-    n = sums.gram[-1, -1]
-    mean = sums.gram[-1, :-1] / n
-    variance = sums.gram.diagonal()[:-1] / n - mean.square()
+    gram = pooled_sums(parts, num_classes)["gram"]
+    n = gram[-1, -1]
+    mean = gram[-1, :-1] / n
+    variance = gram.diagonal()[:-1] / n - mean.square()
     std = variance.clamp(min=1e-12).sqrt()
     where = mean.device
     # Standardised features make the objective round, and L-BFGS fast.
@@ -2235,8 +2233,12 @@ def checkpoint_of(run: Run, state: State) -> tuple[dict, Params]:
     groups = {"params": state.params}
     if state.best is not None and state.best is not state.params:
         groups["best"] = state.best
-    tensors = {f"{group}:{n}": w[run.mask[n]] if run.mask else w
-               for group, params in groups.items() for n, w in params.items()}
+    tensors = {}
+    for group, params in groups.items():
+        for n, w in params.items():
+            if run.mask:
+                w = w[run.mask[n]]
+            tensors[f"{group}:{n}"] = w
     # The groups of the algorithm's state and their names, whose order has a meaning.
     layout = [[group, list(params)] for group, params in state.algorithm_state.items()]
     for i, params in enumerate(state.algorithm_state.values()):
@@ -2269,8 +2271,9 @@ def state_of(run: Run, start: State, card: dict, tensors: Params) -> State:
             params = {n: w.masked_scatter(run.mask[n], params[n])
                       for n, w in start.params.items()}
         weights[group] = params
-    algorithm_state = {group: {n: tensors.pop(f"state/{i}:{n}") for n in names}
-                       for i, (group, names) in enumerate(card["layout"])}
+    algorithm_state = {}
+    for i, (group, names) in enumerate(card["layout"]):
+        algorithm_state[group] = {n: tensors.pop(f"state/{i}:{n}") for n in names}
     foreign = [n for n in tensors if not n.startswith(("mask:", "head:"))]
     if foreign:
         raise ValueError(
@@ -2364,8 +2367,8 @@ def parse_result(path: Path) -> dict | None:
 def check_same_run(cfg: Config, stored: dict):
     """ValueError, naming the fields, unless the stored key is that of the configuration."""
     asked = json.loads(json.dumps(run_key(cfg)))
-    differ = {k: (asked.get(k), stored.get(k)) for k in asked.keys() | stored.keys()
-              if asked.get(k) != stored.get(k)}
+    names = sorted(asked.keys() | stored.keys())
+    differ = {k: (asked.get(k), stored.get(k)) for k in names if asked.get(k) != stored.get(k)}
     if differ:
         raise ValueError(
             f"{run_name(cfg)} is stored as another run. They differ in (asked, stored): {differ}. "
@@ -2394,9 +2397,10 @@ def open_run(cfg: Config, store: Store | None = None, head: Params | None = None
             mask = unpack_mask(tensors["mask:"], maskable(model))
 
     # The head first: the mask is calibrated with it.
-    begins_with_head = cfg.head in ("logistic", "lda", "ridge") or cfg.head == "train" and cfg.rule
+    is_fitted = cfg.head in ("logistic", "lda", "ridge")
+    is_probed = cfg.head == "train" and cfg.rule is not None
     # a checkpoint of all weights has the head among them, one of a start has none
-    if head is None and begins_with_head and not (saved and resume):
+    if head is None and (is_fitted or is_probed) and not (saved and resume):
         head = make_head(cfg, store, data, model, provenance["backbone_sha256"], stop_at)
     if head is not None:
         model.load_state_dict(backbone(model) | head)

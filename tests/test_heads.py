@@ -156,9 +156,9 @@ def test_sums_of_clients_add_up(features):
     x, y = features
     total = utils.pooled_sums(as_parts(x, y), 10)
     pooled = feature_sums(x, y, 10)
-    torch.testing.assert_close(total.gram, pooled.gram, rtol=1e-12, atol=0)
-    torch.testing.assert_close(total.target, pooled.target, rtol=1e-12, atol=1e-9)
-    assert total.target[-1].tolist() == [20.0] * 10  # the classes are counted
+    torch.testing.assert_close(total["gram"], pooled["gram"], rtol=1e-12, atol=0)
+    torch.testing.assert_close(total["target"], pooled["target"], rtol=1e-12, atol=1e-9)
+    assert total["target"][-1].tolist() == [20.0] * 10  # the classes are counted
 
 
 # ------------------------------------------------------------------ the scale of the logits
