@@ -602,6 +602,19 @@ def damage_over_gain(change: Tensor, own: Tensor, everyone: Tensor) -> dict:
     return dict(gain=gain.tolist(), damage=damage.tolist(), ratio=ratio)
 
 
+def foreign_damage(change: Tensor, own: Tensor, everyone: Tensor) -> list[float]:
+    """By how much each vector raises the loss on the classes that its client does not hold.
+
+    In nats, weighted by the images that others hold of them; NaN where a client holds all classes.
+    Shapes as for `damage_over_gain`, whose `damage` also counts others' images of the client's own
+    classes: with ten classes a client a part of the gain is thereby taken off the damage.
+    """
+    known = ~change.isnan().any(0)
+    foreign = in_float64(everyone * (own == 0))[:, known]
+    damage = weighted_mean(in_float64(change[:, known]), foreign)
+    return damage.masked_fill(foreign.sum(1) == 0, math.nan).tolist()
+
+
 def weighted_mean(values: Tensor, counts: Tensor) -> Tensor:
     """Means (rows,) of values (rows, n) by counts (rows, n); 0 where there is none."""
     # an infinite loss of a class that nobody has must not make a NaN of the mean
@@ -677,6 +690,7 @@ def measures_sha256() -> str:
         weighted_sign_agreement,
         random_signs,
         damage_over_gain,
+        foreign_damage,
         weighted_mean,
         class_means,
         in_float64,
@@ -885,13 +899,13 @@ def along(run: Run, start: Params, vector: Params, alphas: list[float], images: 
 
 
 def trade_off(cfg: Config, store: Store, rates: Iterable[float], images: int = 1000) -> dict:
-    """What a client's first task vector gains on its own classes and costs the others, by rate.
+    """What a client's first task vector gains on its own classes and costs on others, by rate.
 
     Vectors of two rules at one rate differ in how far they go; compare damages at equal gain, with
-    `damage_at`. Of the cohort of the first round, at the untrained start: `clients`, and `gain` and
-    `damage` (rates, clients) of `damage_over_gain` in nats, None where a vector is not finite. The
-    rate of `cfg` plays no part but for a sparse run's head that is trained. With IID clients own
-    classes are everyone's: damage = -gain.
+    `damage_at`. Of the cohort of the first round, at the untrained start: `clients`, and (rates,
+    clients) in nats the `gain` of `damage_over_gain` and the `damage` of `foreign_damage`, None
+    where a vector is not finite. The rate of `cfg` plays no part but for a sparse run's head that
+    is trained. With IID clients own classes are everyone's, and there is no damage to measure.
     """
     rates = sorted(rates)
     options = dict(at="start", images=images, rates=rates)
@@ -907,9 +921,8 @@ def trade_off(cfg: Config, store: Store, rates: Iterable[float], images: int = 1
             clients, vectors = cohort_vectors(at_rate, state)
             changes, _ = effects(run, state.params, vectors, loss, x, y)
             own = class_counts(run, clients, num_classes)
-            moved = damage_over_gain(changes, own, everyone)
-            found["gain"].append(moved["gain"])
-            found["damage"].append(moved["damage"])
+            found["gain"].append(damage_over_gain(changes, own, everyone)["gain"])
+            found["damage"].append(foreign_damage(changes, own, everyone))
         return dict(found, clients=clients)
     # a sparse run's head that is trained first is so at the run's rate
     unread = () if cfg.head == "train" and cfg.rule else ("lr",)

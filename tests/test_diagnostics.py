@@ -17,6 +17,7 @@ from notebooks.extension import (
     damage_over_gain,
     diagnose,
     disentanglement_error,
+    foreign_damage,
     localization_error,
     mask_noise_floor,
     overlap,
@@ -85,6 +86,21 @@ def test_damage_and_gain_by_hand():
     assert found["damage"] == pytest.approx([(20 * 0.5 + 60 * 0.25) / 80,
                                              (10 * 0.2 + 40 * 0.1) / 50])
     assert found["ratio"] == pytest.approx(sum(found["damage"]) / sum(found["gain"]))
+
+
+def test_foreign_damage_by_hand():
+    change = torch.tensor([[-1.0, 0.5, 0.25, np.nan], [0.2, -0.4, 0.1, np.nan]])
+    own = torch.tensor([[10, 5, 0, 0], [0, 5, 5, 5]])
+    everyone = torch.tensor([10, 20, 60, 10])
+    # others' images of a class that one holds oneself count for nothing
+    assert foreign_damage(change, own, everyone) == pytest.approx([0.25, 0.2])
+    change[0, 3] = 0.5
+    change[1, 3] = np.nan
+    own[0, 3] = 0
+    found = foreign_damage(change[:1], own[:1], everyone)
+    assert found == pytest.approx([(60 * 0.25 + 10 * 0.5) / 70])
+    # who holds all classes has nobody to harm
+    assert np.isnan(foreign_damage(change[:1], own[:1] + 1, everyone)).all()
 
 
 def test_an_infinite_loss_of_a_class_that_one_does_not_have_is_not_ones_own():
@@ -268,6 +284,7 @@ def test_the_trade_off_has_each_rate_as_a_diagnosis_at_that_rate(tmp_path, monke
         at_rate = replace(SKEWED, lr=lr)
         single = diagnose(at_rate, store, at="start", images=1000, alphas=())["single"]
         assert found["gain"][i] == pytest.approx(single["gain"])
+        # nobody else holds a class of one's own
         assert found["damage"][i] == pytest.approx(single["damage"])
     assert found["gain"][0] != found["gain"][1]
     frozen = Store(tmp_path, frozen=True)
@@ -277,6 +294,20 @@ def test_the_trade_off_has_each_rate_as_a_diagnosis_at_that_rate(tmp_path, monke
     utils.train(replace(named, num_rounds=1), store)
     assert trade_off(replace(named, num_rounds=1), store, [0.01], images=1000)
     assert trade_off(SKEWED, frozen, [0.01], images=1000) == {}
+
+
+def test_a_gain_is_not_taken_off_the_damage_where_clients_share_classes(tmp_path, monkeypatch):
+    make_small(monkeypatch)
+    cfg = replace(CFG, num_clients=12, classes_per_client=5)
+    store = Store(tmp_path, quiet=True)
+    found = trade_off(cfg, store, [0.1], images=1000)
+    single = diagnose(replace(cfg, lr=0.1), store, at="start", images=1000, alphas=())["single"]
+    # Each of twenty classes has nine images and three owners. Of the others' images 5 * 6 are of
+    # one's own classes, and their loss falls by the gain; 15 * 9 are of other classes.
+    for gain, netted, damage in zip(found["gain"][0], single["damage"], found["damage"][0],
+                                    strict=True):
+        assert netted == pytest.approx((135 * damage - 30 * gain) / 165)
+        assert damage > netted
 
 
 def test_what_is_not_finite_is_kept_as_none(tmp_path, monkeypatch):

@@ -235,6 +235,7 @@ def test_diagnostics_use_float64_only_where_it_can_be(monkeypatch):
     owned = torch.eye(2, dtype=torch.bool)
     with NoDoubles():
         extension.damage_over_gain(torch.ones(2, 2), owned.int(), torch.ones(2))
+        extension.foreign_damage(torch.ones(2, 2), owned.int(), torch.ones(2))
         extension.disentanglement_error(owned, owned[0], owned)
         extension.localization_error(owned, owned[0], owned)
 
