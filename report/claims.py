@@ -15,6 +15,7 @@ from scipy.stats import norm
 from notebooks import experiments
 from notebooks.experiments import Comparison
 from report.cells import Cell, Cells
+from utils import Store
 
 REPORT = Path(__file__).resolve().parent
 EXPECTED = ("above", "below", "none", "unsure", "equal", "open")
@@ -43,8 +44,11 @@ def sides(claim: Claim, cells: Cells) -> list[Cell]:
 
 
 # ------------------------------------------------------------------ comparisons
-def comparison(claim: Claim, cells: Cells) -> Comparison:
-    """a - b in points, on the seeds that both have."""
+def comparison(claim: Claim, cells: Cells, store: Store | None = None) -> Comparison:
+    """a - b in points, on the seeds that both have.
+
+    Of one seed each, on the same test images if `store` tells which of them were right.
+    """
     both = sides(claim, cells)
     if len(both) < 2:
         return experiments.NOTHING
@@ -63,9 +67,23 @@ def comparison(claim: Claim, cells: Cells) -> Comparison:
     if len(pairs) == 0 or is_log:
         return experiments.NOTHING
     images = validation_images(a)
-    if claim["value_a"] == "test":
+    if claim["value_a"] == claim["value_b"] == "test":
         images = min(TEST_IMAGES, a.cfgs[0].eval_images or TEST_IMAGES)
+        found = on_same_images(a, b, pairs.index[0], store)
+        if found.seeds:
+            return found
     return of_one_seed(pairs.a.iloc[0], pairs.b.iloc[0], images)
+
+
+def on_same_images(a: Cell, b: Cell, seed: int, store: Store | None) -> Comparison:
+    """`experiments.compare` of one seed; NOTHING where predictions or the data set are missing."""
+    if store is None:
+        return experiments.NOTHING
+    one, other = ([cfg for cfg in cell.cfgs if cfg.seed == seed] for cell in (a, b))
+    try:
+        return experiments.compare(one, other, store)
+    except FileNotFoundError:
+        return experiments.NOTHING
 
 
 def validation_images(cell: Cell) -> int:
@@ -94,7 +112,7 @@ def of_one_seed(a: float, b: float, images: int) -> Comparison:
 
 
 # ------------------------------------------------------------------ verdicts
-def judge(claims: dict[str, Claim], cells: Cells) -> Judged:
+def judge(claims: dict[str, Claim], cells: Cells, store: Store | None = None) -> Judged:
     """Every comparison with its verdict: "missing", "open", "stands" or "wrong".
 
     "above" and "below" need a p value that is small after Holm's method over the claims of the
@@ -106,7 +124,7 @@ def judge(claims: dict[str, Claim], cells: Cells) -> Judged:
 
     judged = {}
     for names in families.values():
-        found = [comparison(claims[name], cells) for name in names]
+        found = [comparison(claims[name], cells, store) for name in names]
         adjusted = experiments.holm(found)
         for name, plain, by_holm in zip(names, found, adjusted, strict=True):
             judged[name] = plain, verdict(claims[name], plain, by_holm.p, cells)

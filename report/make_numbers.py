@@ -148,7 +148,7 @@ def write(session: Session, folder: Path) -> Judged:
     cells = read_cells(session)
     claims = read_claims()
     measured = {"interference": damage_cells(session)}
-    judged = judge(claims, cells | measured)
+    judged = judge(claims, cells | measured, session.store)
     tables = folder / "tables"
     tables.mkdir(parents=True, exist_ok=True)
     for old in tables.glob("*.tex"):
