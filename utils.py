@@ -21,6 +21,7 @@ or the server does, subclass `FedAvg` and call `register_algorithm`; which weigh
 write a function and call `register_rule`.
 """
 import ast
+import dis
 import hashlib
 import inspect
 import io
@@ -33,6 +34,7 @@ import signal
 import textwrap
 import threading
 import time
+import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -338,12 +340,12 @@ def _file_sha256(path: Path, size: int, mtime: int) -> str:
 def source_sha256(thing: Callable) -> str:
     """SHA-256 (hex) of the source of a function, or of a class's own methods and constants.
 
-    Comments, docstrings and layout do not count, nor what the source calls elsewhere: an idea's
-    constants belong inside it, or into a function around it. Raises ValueError where no source can
-    be found and for constants that may change.
+    Comments, docstrings and layout do not count, nor what modules hold that the source calls; what
+    it uses of a notebook's other cells does. Raises ValueError where no source can be found and for
+    constants that may change.
     """
     if not inspect.isclass(thing):
-        return hashlib.sha256(_plain_source(thing).encode()).hexdigest()
+        return hashlib.sha256(_source(thing).encode()).hexdigest()
     parts = []
     for base in thing.__mro__:
         if base is object or base.__module__ == __name__:
@@ -355,22 +357,50 @@ def source_sha256(thing: Callable) -> str:
             if isinstance(member, property):
                 member = member.fget
             if inspect.isfunction(member):
-                parts.append(_plain_source(member))
+                parts.append(_source(member))
             elif not name.startswith("__"):
                 parts.append(_constant(name, member))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
+def _source(function: Callable, users: tuple = ()) -> str:
+    """The source of a function and the constants around it.
+
+    Of one from a notebook's cell also the constants and functions of cells that it uses, which can
+    be run again without it. `users` are the functions that led here.
+    """
+    parts = [_plain_source(function)]
+    around = inspect.getclosurevars(function).nonlocals
+    parts += [_constant(n, v) for n, v in sorted(around.items()) if n != "__class__"]
+    if function.__module__ != "__main__":
+        return "\n".join(parts)
+
+    for name in sorted(_global_names(function.__code__) & function.__globals__.keys()):
+        value = function.__globals__[name]
+        if inspect.isfunction(value) and value.__module__ == "__main__":
+            if value not in (*users, function):
+                parts.append(_source(value, (*users, function)))
+        elif not (inspect.ismodule(value) or callable(value)):
+            parts.append(_constant(name, value))
+    return "\n".join(parts)
+
+
+def _global_names(code: types.CodeType) -> set[str]:
+    """The global names that a function's code reads, functions inside it included."""
+    names = {step.argval for step in dis.get_instructions(code) if step.opname == "LOAD_GLOBAL"}
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            names |= _global_names(constant)
+    return names
+
+
 @cache  # by function: what runs is what was read first, before any edit
 def _plain_source(function: Callable) -> str:
     try:
-        source = _plain(textwrap.dedent(inspect.getsource(function)))
+        return _plain(textwrap.dedent(inspect.getsource(function)))
     except (OSError, TypeError, SyntaxError) as error:
         raise ValueError(f"the source of {function!r} cannot be found ({error}): define it by "
                          "`def` in a cell or a file, on lines of its own") from error
-    around = inspect.getclosurevars(function).nonlocals
-    constants = [_constant(n, v) for n, v in sorted(around.items()) if n != "__class__"]
-    return "\n".join([source, *constants])
 
 
 def _constant(name: str, value) -> str:
@@ -2485,7 +2515,7 @@ def make_head(cfg: Config, store: Store | None, data: Data, model: nn.Module, ba
             y = data.labels[data.train]
             return fit_head(cfg.head, [(x, y)], NUM_CLASSES[cfg.dataset], cfg.head_l2)
         key = dict(kind=cfg.head, backbone=backbone_key, l2=cfg.head_l2, dataset=cfg.dataset,
-                   size=cfg.image_size, train=json_sha256(data.train.tolist()))
+                   size=cfg.image_size, train=json_sha256(data.train.tolist()), code=CODE_SHA256)
         return store.compute_or_load("head", key, fit) if store else fit()
 
     probe = replace(cfg, name="", rule=None, head="probe", num_rounds=cfg.head_rounds,
@@ -2529,7 +2559,7 @@ def make_mask(cfg: Config, store: Store | None, data: Data, model: nn.Module,
     if store is None:
         return calibrate()
     key = dict(options, dataset=cfg.dataset, index=index, model=tensors_sha256(model.state_dict()),
-               source=run_key(cfg).get("rule_sha256"))
+               source=run_key(cfg).get("rule_sha256"), code=CODE_SHA256)
     found = store.compute_or_load("mask", key, calibrate)
     return {n: found[n] for n in maskable(model)}  # safetensors has an order of its own
 

@@ -141,6 +141,7 @@ def open_session(preset_name: str, seeds: int | Iterable[int] | None = None,
     backup = None
     figures_backup = None
     if drive is not None:
+        make_folders_on(Path(drive).expanduser(), preset_name)
         backup = Path(drive).expanduser() / "results" / part_of(preset_name)
         figures_backup = Path(drive).expanduser() / "figures" / part_of(preset_name)
     stop_at = math.inf
@@ -149,6 +150,19 @@ def open_session(preset_name: str, seeds: int | Iterable[int] | None = None,
     store = BackedUpStore(root, frozen=frozen, backup=backup)
     return Session(preset_name, base, store, figures, seeds, max(1, workers), SCALES[preset_name],
                    stop_at, figures_backup, tensorboard)
+
+
+def make_folders_on(drive: Path, preset_name: str):
+    """The project's folders on a drive; a warning where it is not there, or takes nothing.
+
+    Not the folder above them: in the place of a drive that is gone it would hide that it is.
+    """
+    try:
+        drive.mkdir(exist_ok=True)
+        for name in ("results", "figures"):
+            (drive / name / part_of(preset_name)).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        warnings.warn(f"{drive} cannot be made, nothing is copied there: {error}", stacklevel=3)
 
 
 def part_of(preset_name: str) -> str:
@@ -177,11 +191,15 @@ def write_figure(session: Session, name: str, content: bytes) -> Path:
     """Writes figures/<name>, and its copy on the drive; where it is now."""
     path = session.figures / name
     utils.write_whole(path, content)
-    if session.figures_backup is not None:
-        try:
-            utils.write_whole(session.figures_backup / name, content)
-        except OSError as error:
-            warnings.warn(f"{name} could not be copied to the drive: {error}", stacklevel=2)
+    if session.figures_backup is None:
+        return path
+    try:
+        # A folder made in the place of a drive that is gone would hide that it is.
+        if not session.figures_backup.is_dir():
+            raise FileNotFoundError(f"{session.figures_backup} is gone")
+        utils.write_whole(session.figures_backup / name, content)
+    except OSError as error:
+        warnings.warn(f"{name} could not be copied to the drive: {error}", stacklevel=2)
     return path
 
 
@@ -1811,9 +1829,17 @@ def forget(cfgs: Iterable[Config], store: Store):
 
 
 def forget_other_code(session: Session):
-    """`forget` of all sections' runs that are `of_other_code`."""
+    """`forget` of all sections' runs that are `of_other_code`, and of all that was measured."""
+    store = session.store
     cfgs = [cfg for name in SECTIONS for cfg in section_runs(name, session)]
-    forget(of_other_code(cfgs, session.store), session.store)
+    old = of_other_code(cfgs, store)
+    forget(old, store)
+    if not old:
+        return
+    # A measurement does not tell which code made it.
+    for name in store.names("notes/*.json"):
+        if not name.startswith("notes/repeated_"):
+            store.delete(name)
 
 
 # ------------------------------------------------------------------ statistics

@@ -1,6 +1,7 @@
 """What is run and in which order: sections, the search for rates, tables, the budget."""
 import math
 import re
+import shutil
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -110,6 +111,30 @@ def test_presets_but_small_have_folders_of_their_own(monkeypatch, tmp_path):
     assert session.figures_backup == drive / "figures/lite"
     assert not list(session.store.root.glob("*.json"))
     assert open_session("small", drive=drive).store.backup == drive / "results"
+
+
+def test_a_first_session_makes_its_folders_on_a_drive(monkeypatch, tmp_path):
+    monkeypatch.setenv("RESULTS_DIR", str(tmp_path / "here"))
+    drive = tmp_path / "MyDrive/project"
+    drive.parent.mkdir()
+    session = open_session("lite", drive=drive, on_cpu=True)
+    session.store.write("a.json", b"{}")
+    write_figure(session, "a.png", b"picture")
+    assert (drive / "results/lite/a.json").read_bytes() == b"{}"
+    assert (drive / "figures/lite/a.png").read_bytes() == b"picture"
+
+
+def test_a_figure_does_not_stand_in_for_a_drive_that_is_gone(monkeypatch, tmp_path):
+    monkeypatch.setenv("RESULTS_DIR", str(tmp_path / "here"))
+    drive = tmp_path / "MyDrive/project"
+    drive.parent.mkdir()
+    session = open_session("lite", drive=drive, on_cpu=True)
+    shutil.rmtree(drive.parent)
+    with pytest.warns(UserWarning, match="a.png could not be copied.*is gone"):
+        assert write_figure(session, "a.png", b"picture").read_bytes() == b"picture"
+    with pytest.warns(UserWarning, match="nothing is copied there"):
+        open_session("lite", drive=drive, on_cpu=True)
+    assert not drive.parent.exists()
 
 
 def test_demo_has_folders_of_its_own_and_synthetic_images_without_a_network(
@@ -539,6 +564,8 @@ def test_results_of_other_code_are_told_and_can_be_forgotten(tmp_path, monkeypat
     put(BASE, store, [0.3, 0.4])
     put(other, store, [0.3, 0.4], code="of yesterday")
     store.write(f"checkpoints/{run_name(other)}/1_a.safetensors", b"x")
+    store.write("notes/trade_off_a.json", b"{}")
+    store.write("notes/repeated_a_b.json", b"{}")
     assert of_other_code([BASE, other], store) == [other]
     line = code_line([BASE, other], store)
     assert "1 of them" in line
@@ -549,6 +576,7 @@ def test_results_of_other_code_are_told_and_can_be_forgotten(tmp_path, monkeypat
     experiments.forget_other_code(session_of(tmp_path))
     assert store.result(other) is None
     assert store.names("checkpoints/*/*.safetensors") == []
+    assert store.names("notes/*") == ["notes/repeated_a_b.json"]  # by what code one measured?
     assert "all of this code" in code_line([BASE, other], store)
 
 

@@ -540,6 +540,37 @@ def test_an_edit_of_what_an_algorithm_inherits_is_another_run(monkeypatch):
     assert utils.run_key(cfg) != before
 
 
+def test_what_an_idea_uses_of_other_cells_is_part_of_it():
+    names = cell("""
+ALPHA = 1.0
+def double(x):
+    return 2 * x
+def mine(weights, fisher, draw):
+    return {n: (lambda v: ALPHA * double(v))(w) for n, w in weights.items()}
+""")
+    hashes = [utils.source_sha256(names["mine"])]
+    names["ALPHA"] = 2.0  # the other cell is run again, this one is not
+    hashes.append(utils.source_sha256(names["mine"]))
+    names["double"] = cell("def double(x):\n    return 3 * x\n", 1)["double"]
+    hashes.append(utils.source_sha256(names["mine"]))
+    assert len(set(hashes)) == 3
+    names["unused"] = [1]
+    assert utils.source_sha256(names["mine"]) == hashes[-1]
+    names["ALPHA"] = [2.0]
+    with pytest.raises(ValueError, match="ALPHA is a list, which may change"):
+        utils.source_sha256(names["mine"])
+
+
+def test_functions_of_cells_may_call_each_other():
+    names = cell("""
+def even(n):
+    return n == 0 or odd(n - 1)
+def odd(n):
+    return n != 0 and even(n - 1)
+""")
+    assert utils.source_sha256(names["even"]) != utils.source_sha256(names["odd"])
+
+
 def test_an_edit_of_a_file_counts_when_it_is_imported_again(tmp_path, monkeypatch, unregister):
     """What runs is what was imported: old code must not train under the key of the new."""
     path = tmp_path / "of_mine.py"

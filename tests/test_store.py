@@ -224,6 +224,15 @@ def test_a_run_stores_the_hash_and_the_kinds_of_its_mask(store, monkeypatch):
     assert federated(replace(cfg, lr=0.01), store)["mask"] == found
 
 
+def test_other_code_makes_its_own_head_and_mask(store, monkeypatch):
+    cfg = replace(CFG, rule="least_sensitive", head="ridge")
+    federated(cfg, store)
+    monkeypatch.setattr(utils, "CODE_SHA256", "edited")
+    federated(replace(cfg, lr=0.01), store)
+    kinds = [name.split("_")[0] for name in store.names("cache/*")]
+    assert kinds == ["cache/head", "cache/head", "cache/mask", "cache/mask"]
+
+
 @pytest.mark.parametrize(("changes", "bits"), [
     (dict(calibration="central"), 0), (dict(calibration="mean"), 32), (dict(calibration="vote"), 1),
     (dict(calibration="mean", calibration_clients=0.5), 16)])
