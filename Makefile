@@ -29,7 +29,7 @@ budget: $(VENV)/installed  ## what each preset and notebook costs: runs, images,
 	@$(PYTHON) -m notebooks.experiments budget
 
 report: $(VENV)/installed  ## report/report.pdf from results/ and figures/; its numbers alone without TeX
-	$(PYTHON) -m report.make_numbers --preset $(or $(PRESET),small)
+	$(PYTHON) -m report.make_numbers --preset $(or $(PRESET),small) $(if $(SEEDS),--seeds $(SEEDS))
 	@if command -v latexmk && command -v pdflatex && command -v bibtex; then cd report && \
 		SOURCE_DATE_EPOCH=0 latexmk -gg -pdf -interaction=nonstopmode -halt-on-error report.tex; \
 	else echo "report.pdf is left as it is: no latexmk, pdflatex or bibtex (texlive-latex-extra)"; fi

@@ -1552,6 +1552,7 @@ def test_of_start(session: Session) -> float:
 
 EQUAL_GAIN = 0.25   # nats of a client's own loss at which damages are compared
 OTHER_GAINS = (0.175, 0.35)   # does the order hang on the one above?
+ONE_CLASS_GAIN = 0.5   # a client of one class gains more: with half of the weights more than 0.25
 
 
 def trade_off_cells(session: Session) -> Cells:

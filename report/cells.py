@@ -47,8 +47,8 @@ def text_of(part) -> str:
     return str(part)
 
 
-def frozen_session(preset: str) -> Session:
-    session = open_session(preset, on_cpu=True)
+def frozen_session(preset: str, seeds: int | None = None) -> Session:
+    session = open_session(preset, seeds, on_cpu=True)
     return replace(session, store=replace(session.store, frozen=True))
 
 
@@ -183,7 +183,7 @@ def damage_cells(session: Session) -> dict[tuple, Cell]:
     measured = experiments.trade_offs(session)
     keys = ["rule", "sharding", "seed"]
     found = experiments.damages(measured).rename(columns={"damage": "log_damage"})
-    for gain in experiments.OTHER_GAINS:
+    for gain in (*experiments.OTHER_GAINS, experiments.ONE_CLASS_GAIN):
         other = experiments.damages(measured, gain)
         other = other.rename(columns={"damage": f"log_damage_{gain:g}"})
         found = found.merge(other, on=keys, how="outer", sort=False)

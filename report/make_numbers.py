@@ -59,6 +59,9 @@ def settings(session: Session) -> dict[str, str]:
         equal_gain=f"{experiments.EQUAL_GAIN:g}",
         lower_gain=f"{min(experiments.OTHER_GAINS):g}",
         higher_gain=f"{max(experiments.OTHER_GAINS):g}",
+        one_class_gain=f"{experiments.ONE_CLASS_GAIN:g}",
+        map_rates=len(session.scale.map_rungs),
+        map_skew=next(nc for nc in session.scale.map_shardings if nc),
     )
     chosen = experiments.best_centralized(session)
     values["chosen/schedule"] = shown(chosen.schedule)
@@ -175,8 +178,9 @@ def write(session: Session, folder: Path) -> Judged:
 def main(arguments: Iterable[str] | None = None):
     parser = argparse.ArgumentParser(prog="python -m report.make_numbers")
     parser.add_argument("--preset", default="small")
+    parser.add_argument("--seeds", type=int, help="how many; default: those of the preset")
     asked = parser.parse_args(arguments)
-    judged = write(frozen_session(asked.preset), REPORT)
+    judged = write(frozen_session(asked.preset, asked.seeds), REPORT)
     for name, (found, verdict) in judged.items():
         if verdict != "missing":
             print(f"{verdict:7} {name}: {found}")

@@ -470,7 +470,8 @@ def test_every_claim_is_of_cells_that_exist_and_is_used(empty):
     known = cells_of.read_cells(empty)
     some_cell = next(iter(known["rules"].values()))
     known["interference"] = dict.fromkeys(experiments.trade_off_cells(empty), some_cell)
-    damages = {"log_damage", *(f"log_damage_{gain}" for gain in experiments.OTHER_GAINS)}
+    gains = (*experiments.OTHER_GAINS, experiments.ONE_CLASS_GAIN)
+    damages = {"log_damage", *(f"log_damage_{gain}" for gain in gains)}
     for name, claim in CLAIMS.items():
         assert claim["expected"] in claims_of.EXPECTED, name
         assert len(claims_of.sides(claim, known)) == 2, name
