@@ -1,5 +1,6 @@
 """The report: its numbers follow from the stored runs, and its text from its numbers."""
 import functools
+import io
 import math
 import re
 import shutil
@@ -8,8 +9,11 @@ import tomllib
 import zipfile
 import zlib
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 
 from notebooks import experiments
 from notebooks.backup import BackedUpStore
@@ -322,7 +326,7 @@ def test_equality_needs_an_interval_within_the_margin(tmp_path):
 def test_holms_method_counts_the_claims_of_a_family(monkeypatch):
     """p = 0.03 is small enough alone, and twice that is not."""
     found = experiments.Comparison(1.0, 0.1, 1.9, 0.03, 1.0, 3, "paired t")
-    monkeypatch.setattr(claims_of, "comparison", lambda claim, cells: found)
+    monkeypatch.setattr(claims_of, "comparison", lambda *given: found)
     cell = cells_of.Cell(("x",), [None] * 3, None, None, True)
     cells = {name: {cell.label: cell} for name in ("one", "two")}
 
@@ -366,6 +370,38 @@ def test_gains_of_a_stand_in_are_not_shown_as_another_shardings(tmp_path):
     session = replace(small, scale=replace(small.scale, stand_ins=stand_ins))
     put_search(tmp_path, session, SECTIONS["rules"].cells(session)["random", "IID"])
     assert list(cells_of.read_gains(session)) == [("random", "IID")]
+
+
+def test_two_tested_runs_of_one_seed_are_compared_on_the_same_images(tmp_path, monkeypatch):
+    """The first gets 60 more right of the same 1000, and none less: no chance of two samples."""
+    session = session_in(tmp_path)
+    labels = torch.zeros(1000, dtype=torch.long)
+    monkeypatch.setattr(experiments.utils, "load_data",
+                        lambda cfg: SimpleNamespace(test_labels=labels))
+    cells = {}
+    for rule, right in (("random", 460), ("query_key", 400)):
+        cfg = SECTIONS["rules"].cells(session)[rule, "Nc=1"]
+        put_search(tmp_path, session, cfg)
+        put(tmp_path, cfg, 0.4, right / 1000)
+        predictions = io.BytesIO()
+        np.save(predictions, (np.arange(1000) >= right).astype(np.uint8))
+        session.store.write(f"{run_name(cfg)}.npy", predictions.getvalue())
+        cells |= cells_of.read_section(SECTIONS["rules"], session)
+    claim = dict(a=["rules", "random", "Nc=1"], b=["rules", "query_key", "Nc=1"], value_a="test",
+                 value_b="test")
+    kept = replace(session.store, frozen=False)
+    found = claims_of.comparison(claim, {"rules": cells}, kept)
+    assert (found.method, found.difference) == ("McNemar within a seed", pytest.approx(6))
+    assert found.low == pytest.approx(6 - 1.96 * 100 * math.sqrt(60 - 3.6) / 1000, abs=0.01)
+
+    # which were right is kept: the report is made without the data set
+    def none_here(cfg):
+        raise FileNotFoundError("no data set")
+    monkeypatch.setattr(experiments.utils, "load_data", none_here)
+    assert claims_of.comparison(claim, {"rules": cells}, session.store) == found
+    for note in kept.names("notes/correct_*"):
+        kept.delete(note)
+    assert claims_of.comparison(claim, {"rules": cells}, session.store).method == "two samples"
 
 
 def test_two_runs_of_one_seed_are_compared_as_independent_samples():
