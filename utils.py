@@ -42,7 +42,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache, lru_cache, partial, reduce
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import filelock
 import numpy as np
@@ -220,6 +220,15 @@ def preset(name: str, **changes) -> Config:
     return cfg
 
 
+def part_of(preset_name: str) -> str:
+    """Folder of a preset inside those of results and of figures; "" for these themselves.
+
+    Apart, since figures of one name would replace one another, and a session in Colab copies all
+    results of its folder from Drive.
+    """
+    return "" if preset_name == "small" else preset_name
+
+
 def on_synthetic(cfg: Config, reason: str) -> Config:
     """`cfg` on synthetic images, with a warning: its accuracies mean nothing."""
     warnings.warn(f"SYNTHETIC DATA, its accuracies mean nothing: {reason}", stacklevel=3)
@@ -337,15 +346,15 @@ def _file_sha256(path: Path, size: int, mtime: int) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def source_sha256(thing: Callable) -> str:
+def source_sha256(thing: Callable, users: tuple = ()) -> str:
     """SHA-256 (hex) of the source of a function, or of a class's own methods and constants.
 
     Comments, docstrings and layout do not count, nor what modules hold that the source calls; what
-    it uses of a notebook's other cells does. Raises ValueError where no source can be found and for
-    constants that may change.
+    it uses of a notebook's other cells does. `users` are the functions and classes that led here.
+    Raises ValueError where no source can be found and for constants that may change.
     """
     if not inspect.isclass(thing):
-        return hashlib.sha256(_source(thing).encode()).hexdigest()
+        return hashlib.sha256(_source(thing, users).encode()).hexdigest()
     parts = []
     for base in thing.__mro__:
         if base is object or base.__module__ == __name__:
@@ -357,7 +366,7 @@ def source_sha256(thing: Callable) -> str:
             if isinstance(member, property):
                 member = member.fget
             if inspect.isfunction(member):
-                parts.append(_source(member))
+                parts.append(_source(member, (*users, thing)))
             elif not name.startswith("__"):
                 parts.append(_constant(name, member))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
@@ -366,21 +375,27 @@ def source_sha256(thing: Callable) -> str:
 def _source(function: Callable, users: tuple = ()) -> str:
     """The source of a function and the constants around it.
 
-    Of one from a notebook's cell also the constants and functions of cells that it uses, which can
-    be run again without it. `users` are the functions that led here.
+    Of one from a notebook's cell also what it uses of other cells, which can be run again without
+    it.
     """
-    parts = [_plain_source(function)]
+    source = _plain_source(function)
+    parts = [source]
     around = inspect.getclosurevars(function).nonlocals
     parts += [_constant(n, v) for n, v in sorted(around.items()) if n != "__class__"]
+    for name, p in inspect.signature(function).parameters.items():
+        # a default that was computed does not show in the source
+        if p.default is not p.empty and f"{name}={p.default!r}" not in source:
+            parts.append(_constant(name, p.default))
     if function.__module__ != "__main__":
         return "\n".join(parts)
 
     for name in sorted(_global_names(function.__code__) & function.__globals__.keys()):
         value = function.__globals__[name]
-        if inspect.isfunction(value) and value.__module__ == "__main__":
+        is_code = inspect.isfunction(value) or inspect.isclass(value)
+        if is_code and value.__module__ == "__main__":
             if value not in (*users, function):
-                parts.append(_source(value, (*users, function)))
-        elif not (inspect.ismodule(value) or callable(value)):
+                parts.append(source_sha256(value, (*users, function)))
+        elif not (inspect.ismodule(value) or hasattr(value, "__name__")):  # what is imported
             parts.append(_constant(name, value))
     return "\n".join(parts)
 
@@ -766,7 +781,9 @@ class SparseSGDM(torch.optim.SGD):
             _check_mask(mask, every, named)
         super().__init__(named.values(), lr, momentum, dampening, weight_decay, nesterov,
                          foreach=True)
-        self.mask = None if mask is None else {p: mask[n].bool() for n, p in named.items()}
+        self.mask = None
+        if mask is not None:
+            self.mask = {p: mask[n].bool() for n, p in named.items()}
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -868,10 +885,10 @@ def sensitivity(model: nn.Module, images: Tensor, labels: Tensor | np.random.Gen
         raise ValueError(f"{chunk=} and the number of images, {len(images)}, must be at least 1")
     stored = {n: p.detach() for n, p in model.named_parameters()}
     names = list(maskable(model) if names is None else names)
-    layers = {m: layer for m, layer in model.named_modules() if isinstance(layer, LAYERS)}
-    foreign = [n for n in names if n.rpartition(".")[0] not in layers]
-    if foreign:
-        raise KeyError(f"{foreign} are not parameters of a Linear, Conv2d or LayerNorm")
+    layers = layers_of(model, names)
+    is_given = isinstance(labels, Tensor)
+    if is_given and len(labels) != len(images):
+        raise ValueError(f"{len(images)} images have {len(labels)} labels: they must be as many")
     total = {n: torch.zeros_like(stored[n], dtype=torch.float64, device=precise_device(images))
              for n in names}
 
@@ -881,9 +898,8 @@ def sensitivity(model: nn.Module, images: Tensor, labels: Tensor | np.random.Gen
             if name in total:
                 total[name] += values.to(total[name].device)
 
-    scored = {n.rpartition(".")[0] for n in names}
     model.eval()
-    with called_in_backward({m: layers[m] for m in scored}, accumulate):
+    with called_in_backward(layers, accumulate):
         for i in range(0, len(images), chunk):
             x = model_input(images[i:i + chunk], model)
             # The gradient is asked for the input, so that it passes through every layer on its way
@@ -891,12 +907,21 @@ def sensitivity(model: nn.Module, images: Tensor, labels: Tensor | np.random.Gen
             x = x.detach().requires_grad_()
             logits = torch.func.functional_call(model, stored | (weights or {}), (x,))
             log_p = logits.log_softmax(1)
-            given = isinstance(labels, Tensor)
-            y = labels[i:i + chunk] if given else _draw_labels(log_p, labels)
+            y = labels[i:i + chunk] if is_given else _draw_labels(log_p, labels)
             check_labels(y, len(x), log_p.shape[1])
             log_likelihood = log_p.gather(1, y[:, None]).sum()
             torch.autograd.grad(log_likelihood, x)
     return total
+
+
+def layers_of(model: nn.Module, names: list[str]) -> dict[str, nn.Module]:
+    """The layers of these weights, by name; KeyError for weights of other kinds of layers."""
+    layers = {m: layer for m, layer in model.named_modules() if isinstance(layer, LAYERS)}
+    owners = {n: n.rpartition(".")[0] for n in names}
+    foreign = [n for n, m in owners.items() if m not in layers]
+    if foreign:
+        raise KeyError(f"{foreign} are not parameters of a Linear, Conv2d or LayerNorm")
+    return {m: layers[m] for m in owners.values()}
 
 
 @contextmanager
@@ -966,7 +991,8 @@ def _magnitude(weights, fisher, draw):
 
 
 def _random(weights, fisher, draw):
-    scores = torch.from_numpy(draw.random(sum(w.numel() for w in weights.values())))
+    count = sum(w.numel() for w in weights.values())
+    scores = torch.from_numpy(draw.random(count))
     return unflatten(scores, weights)
 
 
@@ -1002,13 +1028,7 @@ def calibrate_mask(model: nn.Module, images: Tensor | list[Tensor], *, rule: str
     server combines by "mean", "max" (both of the scores per image) or "vote" (each client's own cut
     as a bitmap). Raises ValueError for numbers out of range.
     """
-    if rule not in RULES:
-        raise ValueError(f"{rule=} must be one of {list(RULES)}")
-    if not 0 <= sparsity <= 1 or not 0 <= damping <= 1 or rounds not in range(1, 10_000):
-        raise ValueError(f"{sparsity=} and {damping=} must lie between 0 and 1, {rounds=} be a "
-                         "number from 1")
-    if combine not in ("mean", "max", "vote"):
-        raise ValueError(f"{combine=} must be 'mean', 'max' or 'vote'")
+    _check_calibration(rule, sparsity, rounds, damping, combine)
     # Scores are compared in float64, which some devices lack.
     weights = {n: w.to(precise_device(w)) for n, w in maskable(model).items()}
     draw = rng("mask", seed)
@@ -1017,12 +1037,7 @@ def calibrate_mask(model: nn.Module, images: Tensor | list[Tensor], *, rule: str
         scores = _checked_scores(rule, weights, None, draw)
         return _on_device_of(model, select_lowest(scores, keep, draw))
 
-    clients = [images] if isinstance(images, Tensor) else images
-    labels = [labels] if isinstance(images, Tensor) else labels or [None] * len(clients)
-    if len(labels) != len(clients) or not len(images):
-        raise ValueError(f"{len(clients)} clients with images have {len(labels)} lists of labels: "
-                         "as many, and some images, are needed")
-
+    clients = _by_client(images, labels)
     active = torch.ones_like(flatten(weights), dtype=torch.bool)
     for r in range(1, rounds + 1):
         keep = round((1 - sparsity) ** (r / rounds) * len(active))
@@ -1030,12 +1045,32 @@ def calibrate_mask(model: nn.Module, images: Tensor | list[Tensor], *, rule: str
         trainable = _on_device_of(model, active)
         damped = {n: w.where(trainable[n], damping * w) for n, w in maskable(model).items()}
         scorers = np.sort(cohort(len(clients), participation, "scorers", seed, r))
-        parts = [(clients[k], labels[k]) for k in scorers]
+        parts = [clients[k] for k in scorers]
         fishers = _fishers(model, parts, rng("labels", seed, r), chunk, damped)
         scores = _combined_scores(rule, weights, fishers, combine, active, keep, draw)
         # What is frozen never returns.
         active = select_lowest(scores.masked_fill(~active, math.inf), keep, draw)
     return _on_device_of(model, active)
+
+
+def _check_calibration(rule: str, sparsity: float, rounds: int, damping: float, combine: str):
+    if rule not in RULES:
+        raise ValueError(f"{rule=} must be one of {list(RULES)}")
+    if not 0 <= sparsity <= 1 or not 0 <= damping <= 1 or rounds not in range(1, 10_000):
+        raise ValueError(f"{sparsity=} and {damping=} must lie between 0 and 1, {rounds=} be a "
+                         "number from 1")
+    if combine not in ("mean", "max", "vote"):
+        raise ValueError(f"{combine=} must be 'mean', 'max' or 'vote'")
+
+
+def _by_client(images: Tensor | list[Tensor], labels) -> list[tuple[Tensor, Tensor | None]]:
+    """A pair of images and labels, or None, a client; a tensor of images is of one client."""
+    clients = [images] if isinstance(images, Tensor) else images
+    labels = [labels] if isinstance(images, Tensor) else labels or [None] * len(clients)
+    if len(labels) != len(clients) or not len(images):
+        raise ValueError(f"{len(clients)} clients with images have {len(labels)} lists of labels: "
+                         "as many, and some images, are needed")
+    return list(zip(clients, labels, strict=True))
 
 
 def _fishers(model: nn.Module, parts: list, draw: np.random.Generator, chunk: int,
@@ -1055,23 +1090,17 @@ def _on_device_of(model: nn.Module, selected: Tensor) -> Params:
 def _combined_scores(rule: str, weights: Params, fishers: Iterable[tuple[int, Params]],
                      combine: str, active: Tensor, keep: int, draw) -> Tensor:
     """One flat score a weight, from each client's number of images and Fisher information."""
-    total = None
-    for number, fisher in fishers:
+    def sent(number, fisher):
         if combine == "vote":
             scores = _checked_scores(rule, weights, fisher, draw)
             scores = scores.masked_fill(~active, math.inf)
-            part = -select_lowest(scores, keep, draw).double()
-        elif combine == "max":
-            part = flatten(fisher) / number
-        else:
-            part = flatten(fisher)
+            return -select_lowest(scores, keep, draw).double()
+        if combine == "max":
+            return flatten(fisher) / number
+        return flatten(fisher)
 
-        if total is None:
-            total = part
-        elif combine == "max":
-            total = torch.maximum(total, part)
-        else:
-            total += part
+    join = torch.maximum if combine == "max" else torch.add
+    total = reduce(join, (sent(*client) for client in fishers))
     if combine == "vote":
         return total
     return _checked_scores(rule, weights, unflatten(total, weights), draw)
@@ -1082,7 +1111,8 @@ def _checked_scores(rule: str, weights: Params, fisher: Params | None, draw) -> 
     scores = RULES[rule].score({n: w.clone() for n, w in weights.items()}, fisher, draw)
     check_layout(f"rule {rule!r}: its scores", scores, weights)
     # A rule may count or rank: whole numbers have no infinity, which is for what is frozen alone.
-    flat = flatten({n: scores[n].to(w.device).double() for n, w in weights.items()})
+    scores = {n: scores[n].to(w.device).double() for n, w in weights.items()}
+    flat = flatten(scores)
     return flat.clamp(max=torch.finfo(flat.dtype).max)
 
 
@@ -1305,6 +1335,16 @@ class State:
     segments: tuple[dict, ...] = ()      # which rounds were trained where, by what code
     error: str = ""                      # why the run cannot go on
 
+    def after(self, row: dict, params: Params, algorithm_state: dict[str, Params]) -> "State":
+        """The state one round (or epoch) on, `row` being what its history has of it."""
+        return replace(
+            self,
+            params=params,
+            algorithm_state=algorithm_state,
+            round=row["round"],
+            history=(*self.history, row),
+        )
+
 
 @dataclass(frozen=True)
 class ClientUpdate:
@@ -1354,7 +1394,15 @@ class FedAvg:
     reads: tuple[str, ...] = ()  # fields of Config that it declares; see `register_algorithm`
 
     def __init__(self, cfg: Config):
-        self.cfg = ConfigOfAlgorithm(cfg, self.reads)
+        # one that is its own view already comes back as it is: a subclass may read it at once
+        self.cfg = cfg
+        if isinstance(cfg, Config):
+            self.cfg = ConfigOfAlgorithm(cfg, self.reads)
+
+    @classmethod
+    def overrides(cls, hook: str) -> bool:
+        """Whether the algorithm has a hook of its own in the place of FedAvg's."""
+        return getattr(cls, hook) is not getattr(FedAvg, hook)
 
     def local_gradient(self, gradients: Params, weights: Params, state: State, client: int):
         """Changes the gradients of one local step, in their dict, and returns nothing."""
@@ -1415,7 +1463,7 @@ def client_update(run: Run, state: State, client: int, lr: float) -> ClientUpdat
     optimizer = run.fresh_optimizer(lr)
 
     adjust = None
-    if type(run.algorithm).local_gradient is not FedAvg.local_gradient:
+    if run.algorithm.overrides("local_gradient"):
         def adjust(gradients):
             answer = run.algorithm.local_gradient(gradients, weights, state, client)
             if answer is not None:
@@ -1435,7 +1483,8 @@ def client_update(run: Run, state: State, client: int, lr: float) -> ClientUpdat
             loss += local_step(run, optimizer, images, labels, adjust)
         loss /= max(1, cfg.local_steps)
         vector = task_vector(weights, state.params)
-        message = run.algorithm.client_message(run, vector, state, client, lr)
+        seen = replace(run, cfg=run.algorithm.cfg)  # with the fields that the algorithm declares
+        message = run.algorithm.client_message(seen, vector, state, client, lr)
     check_tensors(f"algorithm {cfg.algorithm!r}: what client_message() returns", message)
     # Copies, for the next client trains in the same memory.
     message = {n: w.detach().clone() for n, w in message.items()}
@@ -1449,7 +1498,7 @@ def accumulate_update(run: Run, state: State, answers: Iterable[ClientUpdate],
     Memory does not grow with the cohort, unless the algorithm's `combine` wants all vectors.
     """
     algorithm = run.algorithm
-    holds_cohort = type(algorithm).combine is not FedAvg.combine
+    holds_cohort = algorithm.overrides("combine")
     total = {n: torch.zeros_like(w) for n, w in state.params.items()}
     clients, vectors, messages = [], [], {}
     losses, squared_norms = [], []
@@ -1465,15 +1514,15 @@ def accumulate_update(run: Run, state: State, answers: Iterable[ClientUpdate],
             parts = [answer.vector[n] for n in total]
             torch._foreach_add_(list(total.values()), parts, alpha=share)
 
-    if holds_cohort and clients:
+    if not clients:  # of a process whose share of the cohort is none
+        return CohortUpdate([], shares, total, {}, torch.zeros(0), torch.zeros(0))
+    if holds_cohort:
         with torch_seeded("hooks", run.cfg.seed, state.round, run.cfg.num_clients):
             total = algorithm.combine(vectors, shares, messages)
         check_layout(f"algorithm {run.cfg.algorithm!r}: what combine() returns", total,
                      state.params)
-    nothing = torch.zeros(0)
-    return CohortUpdate(clients, shares, total, messages,
-                        torch.stack(losses) if losses else nothing,
-                        torch.stack(squared_norms) if losses else nothing)
+    return CohortUpdate(clients, shares, total, messages, torch.stack(losses),
+                        torch.stack(squared_norms))
 
 
 def shares_of(run: Run, clients: list[int]) -> list[float]:
@@ -1503,26 +1552,17 @@ def federated_round(run: Run, state: State, train_cohort=train_cohort) -> State:
     if not update.clients:
         raise RuntimeError(f"none of the clients of round {state.round + 1} answered: {drawn}")
 
-    row = round_row(run, state, update, lr)
+    row = round_row(run, state, update, drawn, lr)
 
     params, algorithm_state = next_state(run, state, update)
     if fingerprint(run, state) != before:
         raise ValueError(f"algorithm {cfg.algorithm!r} changes weights, its state or itself in "
                          "place: an interrupted round could not be repeated. Return new tensors, "
                          "and what is kept between rounds as the state of server_step()")
-
-    if len(update.clients) < len(drawn):
-        row["lost"] = sorted(set(drawn) - set(update.clients))
-    return replace(
-        state,
-        params=params,
-        algorithm_state=algorithm_state,
-        round=row["round"],
-        history=(*state.history, row),
-    )
+    return state.after(row, params, algorithm_state)
 
 
-def round_row(run: Run, state: State, update: CohortUpdate, lr: float) -> dict:
+def round_row(run: Run, state: State, update: CohortUpdate, drawn: list[int], lr: float) -> dict:
     """A round's row of the history; FloatingPointError where a loss or a norm is not finite."""
     # The round's only wait for the device.
     norms = torch.stack([update.squared_norms.mean(), squared_norm(update.vector)]).sqrt()
@@ -1533,7 +1573,7 @@ def round_row(run: Run, state: State, update: CohortUpdate, lr: float) -> dict:
     check_finite(run.cfg, update.losses.device, state.round + 1, lr, watched)
 
     traffic = bytes_sent(run, update)
-    return dict(
+    row = dict(
         round=state.round + 1,
         lr=lr,
         train_loss=sum(losses) / len(losses),
@@ -1542,6 +1582,9 @@ def round_row(run: Run, state: State, update: CohortUpdate, lr: float) -> dict:
         bytes_up=traffic,
         bytes_down=traffic,
     )
+    if len(update.clients) < len(drawn):
+        row["lost"] = sorted(set(drawn) - set(update.clients))
+    return row
 
 
 def bytes_sent(run: Run, update: CohortUpdate) -> int:
@@ -1676,13 +1719,7 @@ def centralized_epoch(run: Run, state: State) -> State:
         momentum = {n: optimizer.state[p]["momentum_buffer"].clone()
                     for n, p in run.trainable.items()}
     row = dict(round=state.round + 1, lr=lr, train_loss=loss.item())
-    return replace(
-        state,
-        params=params,
-        algorithm_state={"momentum": momentum},
-        round=row["round"],
-        history=(*state.history, row),
-    )
+    return state.after(row, params, {"momentum": momentum})
 
 
 @contextmanager
@@ -1825,7 +1862,8 @@ def _synthetic(per_class: int) -> tuple[Tensor, Tensor]:
     images = []
     for pattern in patterns:
         noise = torch.from_numpy(draw.normal(size=(per_class, 3, 32, 32)))
-        images.append((128 + 40 * pattern + 40 * noise).clamp(0, 255).to(torch.uint8))
+        values = 128 + 40 * pattern + 40 * noise
+        images.append(values.clamp(0, 255).to(torch.uint8))
     # class after class, over and over, so that the first few images are of all of them
     return torch.stack(images, 1).flatten(0, 1), torch.arange(100).repeat(per_class)
 
@@ -1881,8 +1919,7 @@ def _load_backbone(model: nn.Module, path: Path):
     check_tensors(str(path), state)
     state = {re.sub(r"^(module\.)?(backbone\.)?", "", n): w for n, w in state.items()}
     state = {n: w for n, w in state.items() if not n.startswith("head.")}
-    foreign = [n for n, w in state.items()
-               if not isinstance(w, Tensor) or not w.is_floating_point()]
+    foreign = [n for n, w in state.items() if not w.is_floating_point()]
     if foreign or not state:
         raise ValueError(f"{path} holds no floating-point weights by name, but {foreign[:5]}")
     _check_backbone(path, state, model.state_dict())
@@ -1974,7 +2011,8 @@ def lda_head(sums: Params) -> Params:
     n = counts.sum()
     present = counts > 0
     means = sums["target"][:-1] / counts.clamp(min=1)
-    within = (sums["gram"][:-1, :-1] - (means * counts) @ means.T) / n
+    scatter = sums["gram"][:-1, :-1] - (means * counts) @ means.T
+    within = scatter / n
     # Features of a narrow data set may be dependent: a millionth of the variance keeps S regular.
     within.diagonal().add_(1e-6 * within.diagonal().mean())
     weight = torch.linalg.solve(within, means)
@@ -2000,7 +2038,10 @@ def logistic_head(parts: list[tuple[Tensor, Tensor]], num_classes: int, l2: floa
     std = variance.clamp(min=1e-12).sqrt()
     where = mean.device
     # Standardised features make the objective round, and L-BFGS fast.
-    ready = [((x.to(where).double() - mean) / std, y.to(where)) for x, y in parts]
+    ready = []
+    for x, y in parts:
+        standardized = (x.to(where).double() - mean) / std
+        ready.append((standardized, y.to(where)))
 
     def objective(flat):
         w = torch.from_numpy(flat).to(where).view(num_classes, -1)
@@ -2075,10 +2116,10 @@ def fit_head(kind: str, parts: list[tuple[Tensor, Tensor]], num_classes: int, l2
     """A "logistic", "lda" or "ridge" head on frozen features; float32. `parts`: a pair a client."""
     if kind == "logistic":
         head = logistic_head(parts, num_classes, l2)
+    elif kind == "lda":
+        head = lda_head(pooled_sums(parts, num_classes))
     else:
-        sums = pooled_sums(parts, num_classes)
-        head = lda_head(sums) if kind == "lda" else ridge_head(sums, l2)
-    if kind == "ridge":
+        head = ridge_head(pooled_sums(parts, num_classes), l2)
         x, y = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
         head = fit_logit_scale(head, x, y)
     return {n: w.float().to(parts[0][0].device) for n, w in head.items()}
@@ -2221,8 +2262,8 @@ class Store:
             if done or old not in spare:
                 self.delete(old)
 
-    def newest_checkpoint(self, cfg: Config) -> tuple[dict, Params] | None:
-        """(card, tensors) of the newest sound checkpoint; ValueError where it is another run's."""
+    def newest_checkpoint(self, cfg: Config) -> "Checkpoint | None":
+        """The newest sound one; ValueError where it is another run's."""
         for name in reversed(self.names(f"checkpoints/{run_name(cfg)}/*.safetensors")):
             content = self.read(name)
             if content is None:
@@ -2230,7 +2271,7 @@ class Store:
             card = read_card(name, content)
             check_same_run(cfg, card["key"])
             tensors = safetensors.torch.load(content)
-            return card, {n: w.to(device()) for n, w in tensors.items()}
+            return Checkpoint(card, {n: w.to(device()) for n, w in tensors.items()})
         return None
 
     def compute_or_load(self, kind: str, key: dict, compute: Callable[[], dict]) -> dict:
@@ -2254,8 +2295,13 @@ class Store:
         return json.loads(to_json(value))
 
 
-def checkpoint_of(run: Run, state: State) -> tuple[dict, Params]:
-    """A state as (card, tensors), its JSON part and the rest: all but the backbone.
+class Checkpoint(NamedTuple):
+    card: dict        # what JSON can hold: key, backbone's hash, history
+    tensors: Params
+
+
+def checkpoint_of(run: Run, state: State) -> Checkpoint:
+    """A state with all that its run needs but the backbone.
 
     Of a sparse run these are the trainable entries, the mask's bits and the frozen head.
     """
@@ -2281,7 +2327,7 @@ def checkpoint_of(run: Run, state: State) -> tuple[dict, Params]:
 
     card = dict(key=run_key(run.cfg), backbone=run.provenance["backbone_sha256"], layout=layout)
     card |= {name: getattr(state, name) for name in STATE_FIELDS}
-    return card, tensors
+    return Checkpoint(card, tensors)
 
 
 def state_of(run: Run, start: State, card: dict, tensors: Params) -> State:
@@ -2420,11 +2466,9 @@ def open_run(cfg: Config, store: Store | None = None, head: Params | None = None
     provenance = dict(backbone_sha256=tensors_sha256(backbone(model)))
     shards = [] if cfg.centralized else deal_out(cfg, data)
     saved = checkpoint_to_go_on_from(cfg, store, provenance["backbone_sha256"]) if store else None
-    if saved is not None:
-        tensors = saved[1]
-        head = {n: tensors[f"head:{n}"] for n in HEAD if f"head:{n}" in tensors} or head
-        if "mask:" in tensors:
-            mask = unpack_mask(tensors["mask:"], maskable(model))
+    if saved is not None and "mask:" in saved.tensors:  # of a sparse run, whose head is frozen
+        head = {n: saved.tensors[f"head:{n}"] for n in HEAD}
+        mask = unpack_mask(saved.tensors["mask:"], maskable(model))
 
     # The head first: the mask is calibrated with it.
     is_fitted = cfg.head in ("logistic", "lda", "ridge")
@@ -2442,18 +2486,28 @@ def open_run(cfg: Config, store: Store | None = None, head: Params | None = None
     names = trainable_names(cfg, model, mask, skip_frozen)
     if cfg.head == "probe" and cfg.augmentation == "none":
         data, model = on_features(data, model)
-    for n, p in model.named_parameters():
-        p.requires_grad_(n in names)
-    trainable = {n: p for n, p in model.named_parameters() if n in names}
-    optimizer = SparseSGDM(
-        trainable.items(), cfg.lr, cfg.momentum, cfg.weight_decay,
-        mask={n: mask[n] for n in trainable} if mask else None)
-    algorithm = None if cfg.centralized else ALGORITHMS[cfg.algorithm](cfg)
-    run = Run(cfg, data, model, trainable, mask, shards, algorithm, optimizer, provenance)
+    run = run_of(cfg, data, model, names, mask, shards, provenance)
     start = State({n: w.clone() for n, w in run.weights().items()})
     if saved is None or not resume:
         return run, start
     return run, state_of(run, start, *saved)
+
+
+def run_of(cfg: Config, data: Data, model: nn.Module, names: set[str], mask: Params | None,
+           shards: list[np.ndarray], provenance: dict) -> Run:
+    """A Run in which the weights with these names are trained."""
+    trainable = {}
+    for n, p in model.named_parameters():
+        p.requires_grad_(n in names)
+        if n in names:
+            trainable[n] = p
+    algorithm = None
+    if not cfg.centralized:
+        kind = ALGORITHMS[cfg.algorithm]
+        algorithm = kind(ConfigOfAlgorithm(cfg, kind.reads))
+    own_mask = {n: mask[n] for n in trainable} if mask else None
+    optimizer = SparseSGDM(trainable.items(), cfg.lr, cfg.momentum, cfg.weight_decay, mask=own_mask)
+    return Run(cfg, data, model, trainable, mask, shards, algorithm, optimizer, provenance)
 
 
 def deal_out(cfg: Config, data: Data) -> list[np.ndarray]:
@@ -2464,7 +2518,7 @@ def deal_out(cfg: Config, data: Data) -> list[np.ndarray]:
 
 
 def checkpoint_to_go_on_from(cfg: Config, store: Store, backbone_key: str
-                             ) -> tuple[dict, Params] | None:
+                             ) -> Checkpoint | None:
     """The run's newest checkpoint, or a shorter run's last; ValueError for another backbone's."""
     saved = store.newest_checkpoint(cfg)
     knows_its_end = not cfg.centralized and "num_rounds" in ALGORITHMS[cfg.algorithm].reads
@@ -2472,10 +2526,11 @@ def checkpoint_to_go_on_from(cfg: Config, store: Store, backbone_key: str
         # at a constant rate a longer run only goes on from where a shorter one ended
         ended = (store.newest_checkpoint(other) for other in shorter_runs(cfg, store))
         saved = next(filter(None, ended), None)
-    if saved is not None and saved[0]["backbone"] != backbone_key:
+    if saved is not None and saved.card["backbone"] != backbone_key:
         raise ValueError(f"{run_name(cfg)} was begun from another backbone: weights="
                          f"{cfg.weights!r} has SHA-256 {backbone_key}, then "
-                         f"{saved[0]['backbone']}. Put the old file back, or choose another name.")
+                         f"{saved.card['backbone']}. Put the old file back, or choose another "
+                         "name.")
     return saved
 
 
@@ -2507,21 +2562,27 @@ def make_head(cfg: Config, store: Store | None, data: Data, model: nn.Module, ba
     """The head that a run starts from: fitted on frozen features, or by a probe's own run.
 
     Clients' sums add up to the pooled ones, so one head serves centralised and federated runs.
-    Raises FloatingPointError where the probe diverges, KeyboardInterrupt where it is stopped.
     """
-    if cfg.head != "train":
-        def fit():
-            x = extract_features(model, data.images[data.train])
-            y = data.labels[data.train]
-            return fit_head(cfg.head, [(x, y)], NUM_CLASSES[cfg.dataset], cfg.head_l2)
-        key = dict(kind=cfg.head, backbone=backbone_key, l2=cfg.head_l2, dataset=cfg.dataset,
-                   size=cfg.image_size, train=json_sha256(data.train.tolist()), code=CODE_SHA256)
-        return store.compute_or_load("head", key, fit) if store else fit()
+    if cfg.head == "train":
+        return probed_head(cfg, store or Store(), stop_at)
 
+    def fit():
+        x = extract_features(model, data.images[data.train])
+        y = data.labels[data.train]
+        return fit_head(cfg.head, [(x, y)], NUM_CLASSES[cfg.dataset], cfg.head_l2)
+    key = dict(kind=cfg.head, backbone=backbone_key, l2=cfg.head_l2, dataset=cfg.dataset,
+               size=cfg.image_size, train=json_sha256(data.train.tolist()), code=CODE_SHA256)
+    return store.compute_or_load("head", key, fit) if store else fit()
+
+
+def probed_head(cfg: Config, store: Store, stop_at: float) -> Params:
+    """The head of a run that trains it alone, found or trained.
+
+    Raises FloatingPointError where that run diverges, KeyboardInterrupt where it is stopped.
+    """
     probe = replace(cfg, name="", rule=None, head="probe", num_rounds=cfg.head_rounds,
                     num_epochs=cfg.head_rounds,
                     algorithm="centralized" if cfg.centralized else "fedavg")
-    store = store or Store()
     result = train(probe, store, test=False, stop_at=stop_at)
     if result["status"] == "diverged":
         raise FloatingPointError(f"the head's own run, {result['run']}, diverged: "
@@ -2532,7 +2593,7 @@ def make_head(cfg: Config, store: Store | None, data: Data, model: nn.Module, ba
     if saved is None:
         raise FileNotFoundError(f"the head's own run, {result['run']}, is stored without its "
                                 "weights: delete its JSON file, and it is trained again")
-    return {n: saved[1][f"params:{n}"] for n in HEAD}
+    return {n: saved.tensors[f"params:{n}"] for n in HEAD}
 
 
 def make_mask(cfg: Config, store: Store | None, data: Data, model: nn.Module,

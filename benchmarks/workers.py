@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 from common import MINI, compare, describe, options, report, seconds
 
+from notebooks.backup import BackedUpStore
 from notebooks.experiments import SCALES, Session, train_all
-from utils import Config, Store
+from utils import Config
 
 WORKERS = 2
 
@@ -20,7 +21,7 @@ def train_grid(cfgs: list[Config], workers: int):
     """RuntimeError where a run is left."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        store = Store(root, quiet=True)
+        store = BackedUpStore(root, quiet=True)
         session = Session("small", cfgs[0], store, root / "figures", seeds=(0,), workers=workers,
                           scale=SCALES["small"])
         left = train_all(cfgs, session)

@@ -17,10 +17,10 @@ from torch import Tensor
 
 import utils
 from utils import (
+    Checkpoint,
     ClientUpdate,
     CohortUpdate,
     Config,
-    FedAvg,
     Params,
     Run,
     State,
@@ -110,7 +110,7 @@ def train_cohort(run: Run, state: State, clients: list[int], lr: float) -> Cohor
     own = range(dist.get_rank(), len(clients), dist.get_world_size())
     answers = (client_update(run, state, clients[i], lr) for i in own)
     shares = shares_of(run, clients)
-    if type(run.algorithm).combine is not FedAvg.combine:
+    if run.algorithm.overrides("combine"):
         return accumulate_update(run, state, gather_updates(answers, clients), shares)
     part = accumulate_update(run, state, answers, [shares[i] for i in own])
 
@@ -124,7 +124,7 @@ def train_cohort(run: Run, state: State, clients: list[int], lr: float) -> Cohor
     losses, squared_norms = scalars.view(2, -1)
 
     messages = {}
-    if type(run.algorithm).client_message is not FedAvg.client_message:
+    if run.algorithm.overrides("client_message"):
         messages = gather_messages(part.messages, clients)
     return CohortUpdate(clients, shares, unflatten(vector, state.params), messages, losses,
                         squared_norms)
@@ -202,7 +202,7 @@ class SharedStore(Store):
         card, tensors = broadcast_object(find)
         if card is None:
             return None
-        return card, to_device(tensors, device())
+        return Checkpoint(card, to_device(tensors, device()))
 
     def compute_or_load(self, kind, key, compute):
         def find():

@@ -18,7 +18,7 @@ import torch.distributed as dist  # noqa: E402
 
 import notebooks.extension  # noqa: E402, F401  (registers the algorithms beyond FedAvg)
 import utils  # noqa: E402
-from utils import ROOT, Config, Store, preset  # noqa: E402
+from utils import ROOT, Config, Store, part_of, preset  # noqa: E402
 
 
 def parse_value(text: str):
@@ -44,9 +44,7 @@ def configure(name: str, *changes: str) -> Config:
 def open_store(name: str) -> Store:
     """The project's store; TRAIN=no in the environment freezes it."""
     root = Path(os.environ.get("RESULTS_DIR") or ROOT / "results")
-    if name == "demo":
-        root = root / "demo"
-    return Store(root, frozen=os.environ.get("TRAIN") == "no")
+    return Store(root / part_of(name), frozen=os.environ.get("TRAIN") == "no")
 
 
 def report(result: dict):

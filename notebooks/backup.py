@@ -91,11 +91,15 @@ class BackedUpStore(Store):
         self.copy_pending()
 
     def _is_copied(self, name: str) -> bool:
-        """By size as well as by name: the backup may hold an older version."""
+        """By size and time as well as by name: the backup may hold another version."""
         try:
-            return (self.backup / name).stat().st_size == (self.root / name).stat().st_size
+            there = (self.backup / name).stat()
+            here = (self.root / name).stat()
         except OSError:
             return False
+        # a copy has the time of what it is a copy of; a drive may keep whole seconds alone
+        same_time = abs(there.st_mtime - here.st_mtime) < 1
+        return there.st_size == here.st_size and same_time
 
     def _is_newer(self, name: str) -> bool:
         """In `root`: else another machine has made it anew meanwhile, and its version is taken."""
@@ -107,6 +111,8 @@ class BackedUpStore(Store):
     def _copy(self, name: str, source: Path, target: Path) -> bool:
         try:
             write_whole(target / name, (source / name).read_bytes())
+            copied = (source / name).stat()
+            os.utime(target / name, ns=(copied.st_atime_ns, copied.st_mtime_ns))
             return True
         except OSError as error:
             warnings.warn(f"{name} could not be copied to {target}: {error}. It is tried again "

@@ -62,6 +62,7 @@ from utils import (
     device,
     hardware,
     open_run,
+    part_of,
     preset,
     run_key,
     run_name,
@@ -163,15 +164,6 @@ def make_folders_on(drive: Path, preset_name: str):
             (drive / name / part_of(preset_name)).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         warnings.warn(f"{drive} cannot be made, nothing is copied there: {error}", stacklevel=3)
-
-
-def part_of(preset_name: str) -> str:
-    """Folder of a preset inside those of results and of figures; "" for these themselves.
-
-    Apart, since figures of one name would replace one another, and a session in Colab copies all
-    results of its folder from Drive.
-    """
-    return "" if preset_name == "small" else preset_name
 
 
 def _folders(drive: Path | None, preset_name: str) -> tuple[Path, Path]:
@@ -599,7 +591,8 @@ def fisher_mass(cfg: Config, store: Store) -> float | None:
         total = sum(f.sum().item() for f in fisher.values())
         freed = sum(f[run.mask[n].to(f.device)].sum().item() for n, f in fisher.items())
         return {"mass": freed / total}
-    return store.compute_or_load("fisher_mass", run_key(like), compute).get("mass")
+    key = dict(run_key(like), images=cfg.calibration_images)
+    return store.compute_or_load("fisher_mass", key, compute).get("mass")
 
 
 def consensus(session: Session) -> Cells:
@@ -1090,6 +1083,7 @@ def train_all(cfgs: Iterable[Config], session: Session, test: bool = True,
             abroad = [cfg for cfg in todo if can_travel(cfg)]
             here = [cfg for cfg in todo if not can_travel(cfg)]
         if abroad:
+            utils.load_data(abroad[0])  # or each of them would download it
             here += train_in_workers(abroad, session, test, bar)
         with one_thread():
             train_here(here, session, test, bar)
@@ -1438,7 +1432,7 @@ def frames(results: Iterable[dict]) -> tuple[pd.DataFrame, pd.DataFrame]:
     runs = pd.DataFrame([_run_row(r) for r in results], columns=[
         *FIELDS, "run", "sharding", "data", "status", "seconds", "best_round", "start", "val",
         "val_best", "test", "test_top5", "test_loss", "test_best"])
-    rows = [_about(r) | row for r in results for row in r["history"]]
+    rows = [row | _about(r) for r in results for row in r["history"]]
     measures = ["round", "lr_now", "train_loss", "client_norm", "mean_norm", "bytes_up",
                 "bytes_down", "val_loss", "val_top1", "val_top5", "test_loss", "test_top1"]
     for row, plain in zip(rows, (row for r in results for row in r["history"]), strict=True):

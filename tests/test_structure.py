@@ -30,8 +30,8 @@ BELOW = {  # what a module or folder may import, beside its own folder's modules
     "notebooks.start": set(),  # it finds and loads the others by their paths
     "distributed": {"utils", "notebooks.extension", "distributed"},
     "report": {"utils", "notebooks.experiments", "notebooks.extension", "report"},
-    "benchmarks": {"utils", "notebooks.experiments", "notebooks.extension", "distributed",
-                   "benchmarks"},
+    "benchmarks": {"utils", "notebooks.backup", "notebooks.experiments", "notebooks.extension",
+                   "distributed", "benchmarks"},
 }
 ALONE = """
 import pathlib, sys
