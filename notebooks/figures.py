@@ -20,6 +20,7 @@ import math
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 
 import ipywidgets as widgets
@@ -60,7 +61,6 @@ from utils import (
     PRESETS,
     RULES,
     Config,
-    Store,
     augment,
     load_data,
     preset,
@@ -271,7 +271,7 @@ def runs_of(sections: Iterable[str], session: Session) -> dict[str, tuple[Config
     return found
 
 
-def flop_left(cfg: Config, store: Store, test: bool) -> float:
+def flop_left(cfg: Config, store: BackedUpStore, test: bool) -> float:
     """FLOP that a run still needs."""
     if is_done(cfg, store, test):
         return 0.0
@@ -298,28 +298,37 @@ def searches_left(names: Iterable[str], session: Session) -> tuple[int, float]:
     return runs, flop
 
 
-def rounds_stored(cfg: Config, store: Store) -> int:
-    """Rounds (or epochs) in the working copy's newest checkpoint, by its name."""
-    folder = store.root / "checkpoints" / run_name(cfg)
-    names = sorted(path.name for path in folder.glob("*.safetensors"))
-    if not names:
+def rounds_stored(cfg: Config, store: BackedUpStore) -> int:
+    """Rounds (or epochs) in the newest checkpoint, by its name."""
+    paths = store.known_checkpoints(cfg)
+    if not paths:
         return 0
-    return int(names[-1].split("_")[0])
+    return int(paths[-1].name.split("_")[0])
 
 
-def history_stored(cfg: Config, store: Store) -> list[dict]:
-    """The history so far: the result's, else that of the working copy's newest sound checkpoint."""
+def history_stored(cfg: Config, store: BackedUpStore) -> list[dict]:
+    """The history so far: the result's, else that of the newest sound checkpoint."""
     result = store.result(cfg)
     if result:
         return result["history"]
-    folder = store.root / "checkpoints" / run_name(cfg)
-    for path in sorted(folder.glob("*.safetensors"), reverse=True):
-        try:
-            with safetensors.safe_open(path, "pt") as file:  # reads the header, no weights
-                return json.loads(file.metadata()["card"])["history"]
-        except (safetensors.SafetensorError, OSError, KeyError, TypeError, ValueError):
-            continue  # cut or damaged: training will say so, and resume from an older one
+    for path in reversed(store.known_checkpoints(cfg)):
+        history = history_in(path)
+        if history is not None:
+            return history
     return []
+
+
+@cache  # the name has the SHA-256 of the content; it may be on a slow drive
+def history_in(checkpoint: Path) -> list[dict] | None:
+    """The history in a checkpoint; None where it is cut or damaged.
+
+    Training will say so, and resume from an older one.
+    """
+    try:
+        with safetensors.safe_open(checkpoint, "pt") as file:  # reads the header, no weights
+            return json.loads(file.metadata()["card"])["history"]
+    except (safetensors.SafetensorError, OSError, KeyError, TypeError, ValueError):
+        return None
 
 
 class Stopped(KeyboardInterrupt):
@@ -1606,7 +1615,8 @@ NONE = {"classes_per_client": "IID", "dirichlet_alpha": "none", "rule": "none (a
 class Panel:
     """Controls that choose one run, and what is stored of it. Choosing never starts a run.
 
-    It reads the working copy alone, never the drive, and parses a result once.
+    It reads the working copy, and parses a result once. Of the drive it reads the checkpoints that
+    the working copy lacks, once; it never lists it.
     """
     session: Session
     start: Config                       # of the first choice; fields without a control stay its own

@@ -1,4 +1,5 @@
 """The panel: chooses one run, tells what is stored of it, and starts nothing by itself."""
+import shutil
 from dataclasses import replace
 
 import ipywidgets as widgets
@@ -232,6 +233,35 @@ def test_a_click_opens_no_file_of_the_drive_and_parses_nothing_twice(
     assert parsed == []
     assert "Stored runs: 1" in chosen.table.value
     assert drive_was.is_dir()
+
+
+def test_on_another_day_the_checkpoints_of_the_backup_count(session, tmp_path, monkeypatch):
+    """Training goes on from them; they are listed once and opened once, not at every click."""
+    slow = BackedUpStore(tmp_path / "machine", quiet=True, backup=tmp_path / "drive")
+    train_all([START], replace(session, store=slow), watch=figures.press_stop)
+    searched = replace(START, seed=1)
+    train_all([searched], replace(session, store=slow), test=False)
+    shutil.rmtree(slow.root)  # the machine of that day
+
+    today = replace(session, store=replace(slow))
+    chosen = panel(today, START, *NAMES)
+    assert "2 of 4 rounds stored, will run 2" in shown(chosen)
+    assert "at round 2" in chosen.picture.value
+    half, whole = (figures.flop_left(cfg, store, True) for cfg, store in (
+        (START, today.store), (START, session.store.inside("empty"))))
+    assert half == whole / 2
+    chosen.controls["seed"].value = 1
+    assert "4 of 4 rounds stored, not tested" in shown(chosen)
+
+    (tmp_path / "drive").rename(tmp_path / "gone")
+    chosen.controls["seed"].value = 0
+    assert "at round 2" in chosen.picture.value
+    (tmp_path / "gone").rename(tmp_path / "drive")
+    for name in today.store.names("checkpoints/*/*.safetensors"):
+        today.store.delete(name)
+    assert "0 of 4 rounds stored" in figures.status_of(START, today)
+    chosen.run()
+    assert "4 of 4 rounds stored, nothing to run" in shown(chosen)
 
 
 def test_a_preset_for_gpus_is_refused_without_one(session):
