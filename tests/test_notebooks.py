@@ -159,6 +159,24 @@ def test_tables_have_words_and_are_utf8_whatever_the_locale(session, monkeypatch
     assert text == ",test (%)\nquery and key,1 ± 2\n"
 
 
+def cell_with(number: int, text: str) -> str:
+    """The source of the one cell of a notebook, counted from 1, that has this text."""
+    notebook = run_notebooks.nbformat.read(run_notebooks.NOTEBOOKS[number - 1], as_version=4)
+    (source,) = [cell.source for cell in notebook.cells if text in cell.source]
+    return source
+
+
+def test_a_rate_is_not_rounded_away(session, monkeypatch):
+    """Those of *lite* and *full* are a hundred-thousandth."""
+    row = dict(schedule="cosine", weight_decay=5e-4, batch_size=64, lr=3e-5, start=30.123456,
+               val=40.123456)
+    monkeypatch.setattr(experiments, "section_frames", lambda *args: (pd.DataFrame([row]), None))
+    exec(cell_with(1, "01_schedules"), dict(experiments=experiments, figures=figures,
+                                            session=session))
+    lines = (session.figures / "01_schedules.csv").read_text(encoding="utf-8").splitlines()
+    assert lines[1] == "cosine,0.0005,64,3e-05,30.1235,40.1235"
+
+
 # ------------------------------------------------------------------ plans
 def test_a_plan_counts_what_is_stored_and_goes_by_the_seconds_of_stored_runs(session):
     cfgs = experiments._unlike(section_runs("grid", session))
