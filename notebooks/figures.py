@@ -1403,16 +1403,21 @@ def own_cells(session: Session, ideas: dict[str, dict]) -> dict[tuple, Config]:
     return cells
 
 
+def search_own(session: Session, ideas: dict[str, dict], live: Live) -> bool:
+    """Searches the rates of one's own ideas, where the preset searches at all: are all found?"""
+    if not session.scale.searches:
+        return True
+    found = experiments.search_rates(own_cells(session, ideas).values(), session, live)
+    return all(ladder.finished for ladder in found)
+
+
 def train_own(session: Session, ideas: dict[str, dict]):
     """Searches the rates of one's own ideas, where the preset searches at all, and trains them.
 
     Raises Stopped as `train_sections` does.
     """
     live = Live()
-    done = True
-    if session.scale.searches:
-        found = experiments.search_rates(own_cells(session, ideas).values(), session, live)
-        done = all(ladder.finished for ladder in found)
+    done = search_own(session, ideas, live)
     if done:
         cells = own_cells(session, ideas)
         runs = [replace(cfg, seed=s) for s in session.seeds for cfg in cells.values()]
@@ -1436,9 +1441,21 @@ def own_table(session: Session, ideas: dict[str, dict]) -> pd.DataFrame:
 
 
 def first_own_run(session: Session, ideas: dict[str, dict]) -> Config:
-    """The run that `train_own` begins with."""
-    cfg = next(iter(own_cells(session, ideas).values()))
-    return experiments.searched_like(cfg, session) if session.scale.searches else cfg
+    """The first run of `train_own` that is as long as those of the comparison.
+
+    Where rates are searched on shorter runs, that comes first: at a guess it would be another run.
+    Raises Stopped as `train_sections` does.
+    """
+    scale = session.scale
+    if scale.searches and scale.search is None:
+        # the search itself begins with such a run
+        cfg = next(iter(own_cells(session, ideas).values()))
+        return experiments.searched_like(cfg, session)
+    live = Live()
+    done = search_own(session, ideas, live)
+    live.finish()
+    stop_unless(done, session)
+    return next(iter(own_cells(session, ideas).values()))
 
 
 def press_stop(cfg: Config, history: Iterable[dict]):
