@@ -85,7 +85,7 @@ def open_notebook(notebook: str, drive: Path | None = None, **parameters) -> Ses
 
     names = [name for name, section in experiments.SECTIONS.items() if section.notebook == notebook]
     runs = [cfg for name in names for cfg in section_runs(name, session)]
-    print(code_line(runs, session.store))
+    print(code_line(runs, session))
     place = f"Results are in {session.store.root}, figures in {session.figures}"
     if drive is not None:
         place += f"; both are copied to {drive}"
