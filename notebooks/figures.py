@@ -1618,11 +1618,21 @@ def panel_options() -> dict[str, list]:
         "calibration_rounds": [1, 2, 4, 8],
         "calibration": ["central", "mean", "max", "vote"],
         "schedule": ["cosine", "constant", "step", "warmup_cosine"],
-        "lr": [experiments.rate_of(rung) for rung in range(-8, 3)],
+        "lr": rates_offered(),
         "num_rounds": range(1, 5001),
         "num_epochs": range(1, 101),
         "seed": range(1000),
     }
+
+
+def rates_offered() -> list[float]:
+    """Rates of the ladder around those of all presets, for the panel changes between them.
+
+    First guesses lie up to four rungs below a preset's rate and two above it, and the map and the
+    searches go three further.
+    """
+    rungs = [experiments.rung_of(preset(name, dataset="cifar100").lr) for name in PRESETS]
+    return [experiments.rate_of(rung) for rung in range(min(rungs) - 7, max(rungs) + 6)]
 
 
 NONE = {"classes_per_client": "IID", "dirichlet_alpha": "none", "rule": "none (all weights)"}
@@ -1643,7 +1653,7 @@ class Panel:
     status: widgets.HTML = field(default_factory=widgets.HTML)
     picture: widgets.HTML = field(default_factory=widgets.HTML)
     table: widgets.HTML = field(default_factory=widgets.HTML)
-    listed: tuple = ()                  # the runs in the table
+    listed: tuple = ()                  # the runs in the table, and how far they are
 
     def chosen(self) -> dict:
         """The values of all controls, by field."""
@@ -1707,9 +1717,10 @@ class Panel:
         return " · ".join(said)
 
     def tabulate(self, session: Session):
-        """Lists the stored runs, if they are others than those listed."""
+        """Lists the stored runs, if they are others than those listed, or have come further."""
         results = session.store.results()
-        listed = session.preset, *results
+        states = [(name, result["status"], "test" in result) for name, result in results.items()]
+        listed = (session.preset, *states)
         if listed == self.listed:
             return
         self.listed = listed
@@ -1767,6 +1778,8 @@ def panel(session: Session, start: Config, *names: str) -> Panel:
             options[name] = range(min(values[0], value), max(values[-1], value) + 1)
         else:
             options[name] = [*values, value]  # the run's own, such as its learning rate
+            if None not in values:
+                options[name].sort()
 
     made = Panel(session, start, options)
     for name, values in options.items():

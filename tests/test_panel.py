@@ -58,6 +58,22 @@ def test_every_control_makes_its_field(session):
                                  algorithm="fedprox", seed=4)
 
 
+@pytest.mark.parametrize("preset", experiments.SCALES)
+def test_every_rate_of_the_sections_is_offered_in_order(tmp_path, monkeypatch, preset):
+    """Also those of a preset that the panel changes to; a matched speed is not on the ladder."""
+    monkeypatch.setenv("RESULTS_DIR", str(tmp_path))
+    monkeypatch.setenv("TRAIN", "no")
+    start = replace(START, lr=0.07, rule="random", sparsity=0.7)
+    offered = panel(open_session("small", 1), start, "lr", "sparsity").options
+    for name in ("lr", "sparsity"):
+        assert offered[name] == sorted(offered[name])
+    of_preset = open_session(preset, 1)
+    for name in experiments.SECTIONS:
+        if name != "speed_matched":
+            rates = {cfg.lr for cfg in experiments.section_runs(name, of_preset)}
+            assert rates <= set(offered["lr"])
+
+
 def test_registered_rules_and_algorithms_are_offered(session, monkeypatch):
     def mine(weights, fisher, draw):
         return weights
@@ -215,6 +231,17 @@ def test_the_stored_runs_are_listed_and_synthetic_images_marked(session):
     assert "Stored runs: 1" in chosen.table.value
     assert "local steps, J" in chosen.table.value
     assert "SYNTHETIC" in chosen.table.value
+
+
+def test_a_searched_run_that_is_tested_is_listed_anew(session):
+    chosen = panel(session, START, *NAMES)
+    train_all([START], session, test=False)
+    chosen.update()
+    untested = chosen.table.value
+    chosen.run()
+    accuracy = experiments.frames([session.store.result(START)])[0].test.item()
+    assert f"{accuracy:.4g}<" in chosen.table.value
+    assert untested.count(">–<") == chosen.table.value.count(">–<") + 1
 
 
 def test_a_click_opens_no_file_of_the_drive_and_parses_nothing_twice(
