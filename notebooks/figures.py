@@ -1648,6 +1648,8 @@ class Panel:
     session: Session
     start: Config                       # of the first choice; fields without a control stay its own
     options: dict[str, list]
+    section: str = ""                   # whose first run it is; "" where it is of none
+    starts: dict[str, Config] = field(default_factory=dict)  # the same of other presets
     controls: dict[str, widgets.Widget] = field(default_factory=dict)
     sessions: dict[str, Session] = field(default_factory=dict)
     status: widgets.HTML = field(default_factory=widgets.HTML)
@@ -1665,24 +1667,39 @@ class Panel:
         return found
 
     @property
-    def cfg(self) -> Config:
-        """The chosen run; ValueError where the choice cannot be."""
-        values = self.chosen()
-        name = values.pop("preset")
+    def beginning(self) -> Config:
+        """The run that the panel would begin with in the chosen preset."""
+        name = self.chosen()["preset"]
         if name == self.session.preset:
-            cfg = replace(self.start, **values)
-        else:
-            # what kind of run it is stays, whatever the preset
-            kind = dict(algorithm=self.start.algorithm, rule=self.start.rule)
-            cfg = preset(name, **kind | values)
-        if cfg.algorithm != self.start.algorithm:
+            return self.start
+        if name not in self.starts:
+            if self.section:
+                # as long, and as often evaluated, as that section's runs: others are not stored
+                first = experiments.section_runs(self.section, self.chosen_session)[0]
+            else:
+                # what kind of run it is stays, whatever the preset
+                first = preset(name, algorithm=self.start.algorithm, rule=self.start.rule)
+            self.starts[name] = first
+        return self.starts[name]
+
+    @property
+    def cfg(self) -> Config:
+        """The chosen run.
+
+        ValueError where the choice cannot be, RuntimeError where its preset needs a GPU.
+        """
+        values = self.chosen()
+        values.pop("preset")
+        start = self.beginning
+        cfg = replace(start, **values)
+        if cfg.algorithm != start.algorithm:
             # with what the comparison of methods gives it, such as the server's rate
             for changes in experiments.METHODS.values():
                 if changes.get("algorithm") == cfg.algorithm:
                     cfg = replace(cfg, **changes)
-        if not cfg.centralized and cfg.num_rounds != self.start.num_rounds:
+        if not cfg.centralized and cfg.num_rounds != start.num_rounds:
             # as often on the way as the run that the panel begins with: so the sections do it
-            evaluations = max(1, self.start.num_rounds // self.start.eval_every)
+            evaluations = max(1, start.num_rounds // start.eval_every)
             cfg = replace(cfg, eval_every=max(1, cfg.num_rounds // evaluations))
         return cfg
 
@@ -1761,8 +1778,15 @@ class Panel:
         display(widgets.VBox([*self.controls.values(), self.status, self.picture, self.table]))
 
 
-def panel(session: Session, start: Config, *names: str) -> Panel:
-    """A `Panel` that begins with the run `start` and offers the fields `names`, and the preset."""
+def panel(session: Session, start: Config | str, *names: str) -> Panel:
+    """A `Panel` that begins with the run `start` and offers the fields `names`, and the preset.
+
+    A section's name stands for its first run, in every preset that is chosen.
+    """
+    section = ""
+    if isinstance(start, str):
+        section = start
+        start = experiments.section_runs(section, session)[0]
     every = panel_options()
     options = {}
     for name in ("preset", *names):
@@ -1781,7 +1805,7 @@ def panel(session: Session, start: Config, *names: str) -> Panel:
             if None not in values:
                 options[name].sort()
 
-    made = Panel(session, start, options)
+    made = Panel(session, start, options, section)
     for name, values in options.items():
         made.controls[name] = control_of(name, values, first[name])
         watched = "value" if isinstance(values, range) else "index"
@@ -1812,7 +1836,7 @@ def other_session(session: Session, name: str) -> Session:
     if name == "demo":
         store = BackedUpStore(root, frozen=session.store.frozen)
         return replace(session, preset=name, base=preset(name), store=store, figures=figures,
-                       figures_backup=None)
+                       scale=experiments.SCALES[name], figures_backup=None)
     needs_no_gpu = session.preset in ("full", "lite")  # or this session would not be open
     opened = open_session(name, session.seeds, workers=session.workers, on_cpu=needs_no_gpu)
     return replace(opened, store=BackedUpStore(root, frozen=session.store.frozen),

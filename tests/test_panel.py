@@ -144,6 +144,29 @@ def test_another_preset_keeps_the_kind_of_run(session):
     assert (chosen.cfg.algorithm, chosen.cfg.rule) == ("centralized", "random")
 
 
+@pytest.mark.parametrize(("before", "after"), [("small", "lite"), ("lite", "small"),
+                                               ("lite", "full"), ("demo", "small")])
+@pytest.mark.parametrize("section", ["centralized_decays", "fedavg_iid", "grid", "rules"])
+def test_in_another_preset_the_runs_of_its_section_are_found(
+        tmp_path, monkeypatch, section, before, after):
+    """Not trained again: how often a run is evaluated and its weight decay are part of its key."""
+    monkeypatch.setenv("RESULTS_DIR", str(tmp_path))
+    monkeypatch.setenv("TRAIN", "no")
+    opened = open_session(before, 1)
+    expected = experiments.section_runs(section, open_session(after, 1))[0]
+    names = ["lr", "seed"]
+    if section in ("fedavg_iid", "grid"):
+        names.append("num_rounds")
+    chosen = panel(opened, section, *names)
+    assert chosen.cfg == experiments.section_runs(section, opened)[0]
+    choose(chosen, "preset", after)
+    choose(chosen, "lr", expected.lr)
+    if "num_rounds" in names:
+        chosen.controls["num_rounds"].value = expected.num_rounds
+    assert chosen.cfg == expected
+    assert "This cannot be run" not in shown(chosen)
+
+
 def test_runs_of_another_preset_reach_the_drive_and_mind_the_time(session, tmp_path, monkeypatch):
     drive = tmp_path / "drive"
     backed = replace(session, stop_at=1e12,
