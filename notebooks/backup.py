@@ -12,7 +12,8 @@ from pathlib import Path
 from utils import Config, Store, names_in, parse_result, run_name, write_whole
 
 RESULTS = ("*.json", "*.npy", "notes/*.json")
-WEIGHTS = ("checkpoints/*/*.safetensors", "cache/*.safetensors")
+CHECKPOINTS = "checkpoints/*/*.safetensors"
+WEIGHTS = (CHECKPOINTS, "cache/*.safetensors")
 
 
 @dataclass
@@ -23,6 +24,7 @@ class BackedUpStore(Store):
     def __post_init__(self):
         super().__post_init__()
         self._pending = set()  # not in the backup yet
+        self._in_backup = set()  # names of its checkpoints, so that looking lists no drive
         if self.backup is not None:
             self.backup = Path(self.backup).expanduser()
             self._restore()
@@ -43,6 +45,24 @@ class BackedUpStore(Store):
         if self.backup is not None:
             self._pending.add(name)
             self.copy_pending()
+
+    def delete(self, name: str):
+        super().delete(name)
+        self._in_backup.discard(name)
+
+    def known_checkpoints(self, cfg: Config) -> list[Path]:
+        """The run's checkpoints, the oldest first, each in the working copy where that has it.
+
+        Those of the backup as they were listed at the start, and written and deleted since.
+        """
+        folder = f"checkpoints/{run_name(cfg)}"
+        here = names_in(self.root, f"{folder}/*.safetensors")
+        there = {name for name in self._in_backup if name.startswith(f"{folder}/")}
+        found = []
+        for name in sorted(there.union(here)):
+            place = self.root if name in here else self.backup
+            found.append(place / name)
+        return found
 
     def result(self, cfg: Config) -> dict | None:
         """The stored result of this run, if any: from the backup where the working copy is damaged.
@@ -67,9 +87,12 @@ class BackedUpStore(Store):
                           stacklevel=3)
             return
         for name in sorted(self._pending, key=lambda n: n.endswith(".json")):
-            is_deleted = not (self.root / name).exists()
-            if is_deleted or self._copy(name, self.root, self.backup):
+            if not (self.root / name).exists():
+                self._pending.discard(name)  # deleted meanwhile
+            elif self._copy(name, self.root, self.backup):
                 self._pending.discard(name)
+                if name.startswith("checkpoints/"):
+                    self._in_backup.add(name)
 
     def _restore(self):
         """Copies results from the backup, and notes what the backup lacks of an earlier process."""
@@ -83,6 +106,7 @@ class BackedUpStore(Store):
             for name in names_in(self.backup, pattern):
                 if not self._is_copied(name) and not self._is_newer(name):
                     self._copy(name, self.backup, self.root)
+        self._in_backup = set(names_in(self.backup, CHECKPOINTS))
         if self.frozen:
             return
         for pattern in RESULTS + WEIGHTS:

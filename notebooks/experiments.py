@@ -23,6 +23,7 @@ import json
 import math
 import multiprocessing
 import os
+import shlex
 import signal
 import sys
 import tempfile
@@ -1706,16 +1707,20 @@ def _codes_of(result: dict | None) -> set[str]:
     return {part["code"] for part in result["segments"]} if result else set()
 
 
-def code_line(cfgs: Iterable[Config], store: Store) -> str:
+def code_line(cfgs: Iterable[Config], session: Session) -> str:
     """One line for a notebook: how many stored results are of other code, and what to do."""
+    store = session.store
     cfgs = _unlike(cfgs)
     results = [result for result in map(store.result, cfgs) if result is not None]
     stored = f"{len(results)} of {len(cfgs)} results are stored"
     old = of_other_code(cfgs, store)
     if old:
+        # a notebook's own folder is not the project's
+        command = (f"cd {shlex.quote(str(ROOT))} && python -m notebooks.experiments repeat "
+                   f"{run_name(old[0])} --preset {session.preset}")
         return (f"{stored}, {len(old)} of them of another version of utils.py. Does this one give "
-                f"the same? `python -m notebooks.experiments repeat {run_name(old[0])}` trains one "
-                "again and compares, in a folder of its own. They are deleted by "
+                f"the same? `{command}` trains one again and compares, in a folder of its own. "
+                "They are deleted by "
                 "`experiments.forget_other_code(session)`, and the next run makes them anew.")
     earlier = sum(_codes_of(result) != {CODE_SHA256} for result in results)
     if earlier:

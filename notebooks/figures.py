@@ -20,6 +20,7 @@ import math
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 
 import ipywidgets as widgets
@@ -60,7 +61,6 @@ from utils import (
     PRESETS,
     RULES,
     Config,
-    Store,
     augment,
     load_data,
     preset,
@@ -85,7 +85,7 @@ def open_notebook(notebook: str, drive: Path | None = None, **parameters) -> Ses
 
     names = [name for name, section in experiments.SECTIONS.items() if section.notebook == notebook]
     runs = [cfg for name in names for cfg in section_runs(name, session)]
-    print(code_line(runs, session.store))
+    print(code_line(runs, session))
     place = f"Results are in {session.store.root}, figures in {session.figures}"
     if drive is not None:
         place += f"; both are copied to {drive}"
@@ -271,7 +271,7 @@ def runs_of(sections: Iterable[str], session: Session) -> dict[str, tuple[Config
     return found
 
 
-def flop_left(cfg: Config, store: Store, test: bool) -> float:
+def flop_left(cfg: Config, store: BackedUpStore, test: bool) -> float:
     """FLOP that a run still needs."""
     if is_done(cfg, store, test):
         return 0.0
@@ -298,28 +298,37 @@ def searches_left(names: Iterable[str], session: Session) -> tuple[int, float]:
     return runs, flop
 
 
-def rounds_stored(cfg: Config, store: Store) -> int:
-    """Rounds (or epochs) in the working copy's newest checkpoint, by its name."""
-    folder = store.root / "checkpoints" / run_name(cfg)
-    names = sorted(path.name for path in folder.glob("*.safetensors"))
-    if not names:
+def rounds_stored(cfg: Config, store: BackedUpStore) -> int:
+    """Rounds (or epochs) in the newest checkpoint, by its name."""
+    paths = store.known_checkpoints(cfg)
+    if not paths:
         return 0
-    return int(names[-1].split("_")[0])
+    return int(paths[-1].name.split("_")[0])
 
 
-def history_stored(cfg: Config, store: Store) -> list[dict]:
-    """The history so far: the result's, else that of the working copy's newest sound checkpoint."""
+def history_stored(cfg: Config, store: BackedUpStore) -> list[dict]:
+    """The history so far: the result's, else that of the newest sound checkpoint."""
     result = store.result(cfg)
     if result:
         return result["history"]
-    folder = store.root / "checkpoints" / run_name(cfg)
-    for path in sorted(folder.glob("*.safetensors"), reverse=True):
-        try:
-            with safetensors.safe_open(path, "pt") as file:  # reads the header, no weights
-                return json.loads(file.metadata()["card"])["history"]
-        except (safetensors.SafetensorError, OSError, KeyError, TypeError, ValueError):
-            continue  # cut or damaged: training will say so, and resume from an older one
+    for path in reversed(store.known_checkpoints(cfg)):
+        history = history_in(path)
+        if history is not None:
+            return history
     return []
+
+
+@cache  # the name has the SHA-256 of the content; it may be on a slow drive
+def history_in(checkpoint: Path) -> list[dict] | None:
+    """The history in a checkpoint; None where it is cut or damaged.
+
+    Training will say so, and resume from an older one.
+    """
+    try:
+        with safetensors.safe_open(checkpoint, "pt") as file:  # reads the header, no weights
+            return json.loads(file.metadata()["card"])["history"]
+    except (safetensors.SafetensorError, OSError, KeyError, TypeError, ValueError):
+        return None
 
 
 class Stopped(KeyboardInterrupt):
@@ -1394,16 +1403,21 @@ def own_cells(session: Session, ideas: dict[str, dict]) -> dict[tuple, Config]:
     return cells
 
 
+def search_own(session: Session, ideas: dict[str, dict], live: Live) -> bool:
+    """Searches the rates of one's own ideas, where the preset searches at all: are all found?"""
+    if not session.scale.searches:
+        return True
+    found = experiments.search_rates(own_cells(session, ideas).values(), session, live)
+    return all(ladder.finished for ladder in found)
+
+
 def train_own(session: Session, ideas: dict[str, dict]):
     """Searches the rates of one's own ideas, where the preset searches at all, and trains them.
 
     Raises Stopped as `train_sections` does.
     """
     live = Live()
-    done = True
-    if session.scale.searches:
-        found = experiments.search_rates(own_cells(session, ideas).values(), session, live)
-        done = all(ladder.finished for ladder in found)
+    done = search_own(session, ideas, live)
     if done:
         cells = own_cells(session, ideas)
         runs = [replace(cfg, seed=s) for s in session.seeds for cfg in cells.values()]
@@ -1427,9 +1441,21 @@ def own_table(session: Session, ideas: dict[str, dict]) -> pd.DataFrame:
 
 
 def first_own_run(session: Session, ideas: dict[str, dict]) -> Config:
-    """The run that `train_own` begins with."""
-    cfg = next(iter(own_cells(session, ideas).values()))
-    return experiments.searched_like(cfg, session) if session.scale.searches else cfg
+    """The first run of `train_own` that is as long as those of the comparison.
+
+    Where rates are searched on shorter runs, that comes first: at a guess it would be another run.
+    Raises Stopped as `train_sections` does.
+    """
+    scale = session.scale
+    if scale.searches and scale.search is None:
+        # the search itself begins with such a run
+        cfg = next(iter(own_cells(session, ideas).values()))
+        return experiments.searched_like(cfg, session)
+    live = Live()
+    done = search_own(session, ideas, live)
+    live.finish()
+    stop_unless(done, session)
+    return next(iter(own_cells(session, ideas).values()))
 
 
 def press_stop(cfg: Config, history: Iterable[dict]):
@@ -1592,11 +1618,21 @@ def panel_options() -> dict[str, list]:
         "calibration_rounds": [1, 2, 4, 8],
         "calibration": ["central", "mean", "max", "vote"],
         "schedule": ["cosine", "constant", "step", "warmup_cosine"],
-        "lr": [experiments.rate_of(rung) for rung in range(-8, 3)],
+        "lr": rates_offered(),
         "num_rounds": range(1, 5001),
         "num_epochs": range(1, 101),
         "seed": range(1000),
     }
+
+
+def rates_offered() -> list[float]:
+    """Rates of the ladder around those of all presets, for the panel changes between them.
+
+    First guesses lie up to four rungs below a preset's rate and two above it, and the map and the
+    searches go three further.
+    """
+    rungs = [experiments.rung_of(preset(name, dataset="cifar100").lr) for name in PRESETS]
+    return [experiments.rate_of(rung) for rung in range(min(rungs) - 7, max(rungs) + 6)]
 
 
 NONE = {"classes_per_client": "IID", "dirichlet_alpha": "none", "rule": "none (all weights)"}
@@ -1606,17 +1642,20 @@ NONE = {"classes_per_client": "IID", "dirichlet_alpha": "none", "rule": "none (a
 class Panel:
     """Controls that choose one run, and what is stored of it. Choosing never starts a run.
 
-    It reads the working copy alone, never the drive, and parses a result once.
+    It reads the working copy, and parses a result once. Of the drive it reads the checkpoints that
+    the working copy lacks, once; it never lists it.
     """
     session: Session
     start: Config                       # of the first choice; fields without a control stay its own
     options: dict[str, list]
+    section: str = ""                   # whose first run it is; "" where it is of none
+    starts: dict[str, Config] = field(default_factory=dict)  # the same of other presets
     controls: dict[str, widgets.Widget] = field(default_factory=dict)
     sessions: dict[str, Session] = field(default_factory=dict)
     status: widgets.HTML = field(default_factory=widgets.HTML)
     picture: widgets.HTML = field(default_factory=widgets.HTML)
     table: widgets.HTML = field(default_factory=widgets.HTML)
-    listed: tuple = ()                  # the runs in the table
+    listed: tuple = ()                  # the runs in the table, and how far they are
 
     def chosen(self) -> dict:
         """The values of all controls, by field."""
@@ -1628,24 +1667,39 @@ class Panel:
         return found
 
     @property
-    def cfg(self) -> Config:
-        """The chosen run; ValueError where the choice cannot be."""
-        values = self.chosen()
-        name = values.pop("preset")
+    def beginning(self) -> Config:
+        """The run that the panel would begin with in the chosen preset."""
+        name = self.chosen()["preset"]
         if name == self.session.preset:
-            cfg = replace(self.start, **values)
-        else:
-            # what kind of run it is stays, whatever the preset
-            kind = dict(algorithm=self.start.algorithm, rule=self.start.rule)
-            cfg = preset(name, **kind | values)
-        if cfg.algorithm != self.start.algorithm:
+            return self.start
+        if name not in self.starts:
+            if self.section:
+                # as long, and as often evaluated, as that section's runs: others are not stored
+                first = experiments.section_runs(self.section, self.chosen_session)[0]
+            else:
+                # what kind of run it is stays, whatever the preset
+                first = preset(name, algorithm=self.start.algorithm, rule=self.start.rule)
+            self.starts[name] = first
+        return self.starts[name]
+
+    @property
+    def cfg(self) -> Config:
+        """The chosen run.
+
+        ValueError where the choice cannot be, RuntimeError where its preset needs a GPU.
+        """
+        values = self.chosen()
+        values.pop("preset")
+        start = self.beginning
+        cfg = replace(start, **values)
+        if cfg.algorithm != start.algorithm:
             # with what the comparison of methods gives it, such as the server's rate
             for changes in experiments.METHODS.values():
                 if changes.get("algorithm") == cfg.algorithm:
                     cfg = replace(cfg, **changes)
-        if not cfg.centralized and cfg.num_rounds != self.start.num_rounds:
+        if not cfg.centralized and cfg.num_rounds != start.num_rounds:
             # as often on the way as the run that the panel begins with: so the sections do it
-            evaluations = max(1, self.start.num_rounds // self.start.eval_every)
+            evaluations = max(1, start.num_rounds // start.eval_every)
             cfg = replace(cfg, eval_every=max(1, cfg.num_rounds // evaluations))
         return cfg
 
@@ -1680,9 +1734,10 @@ class Panel:
         return " · ".join(said)
 
     def tabulate(self, session: Session):
-        """Lists the stored runs, if they are others than those listed."""
+        """Lists the stored runs, if they are others than those listed, or have come further."""
         results = session.store.results()
-        listed = session.preset, *results
+        states = [(name, result["status"], "test" in result) for name, result in results.items()]
+        listed = (session.preset, *states)
         if listed == self.listed:
             return
         self.listed = listed
@@ -1723,8 +1778,15 @@ class Panel:
         display(widgets.VBox([*self.controls.values(), self.status, self.picture, self.table]))
 
 
-def panel(session: Session, start: Config, *names: str) -> Panel:
-    """A `Panel` that begins with the run `start` and offers the fields `names`, and the preset."""
+def panel(session: Session, start: Config | str, *names: str) -> Panel:
+    """A `Panel` that begins with the run `start` and offers the fields `names`, and the preset.
+
+    A section's name stands for its first run, in every preset that is chosen.
+    """
+    section = ""
+    if isinstance(start, str):
+        section = start
+        start = experiments.section_runs(section, session)[0]
     every = panel_options()
     options = {}
     for name in ("preset", *names):
@@ -1740,8 +1802,10 @@ def panel(session: Session, start: Config, *names: str) -> Panel:
             options[name] = range(min(values[0], value), max(values[-1], value) + 1)
         else:
             options[name] = [*values, value]  # the run's own, such as its learning rate
+            if None not in values:
+                options[name].sort()
 
-    made = Panel(session, start, options)
+    made = Panel(session, start, options, section)
     for name, values in options.items():
         made.controls[name] = control_of(name, values, first[name])
         watched = "value" if isinstance(values, range) else "index"
@@ -1772,7 +1836,7 @@ def other_session(session: Session, name: str) -> Session:
     if name == "demo":
         store = BackedUpStore(root, frozen=session.store.frozen)
         return replace(session, preset=name, base=preset(name), store=store, figures=figures,
-                       figures_backup=None)
+                       scale=experiments.SCALES[name], figures_backup=None)
     needs_no_gpu = session.preset in ("full", "lite")  # or this session would not be open
     opened = open_session(name, session.seeds, workers=session.workers, on_cpu=needs_no_gpu)
     return replace(opened, store=BackedUpStore(root, frozen=session.store.frozen),

@@ -559,7 +559,8 @@ def test_converged_is_the_first_round_that_stays_near_the_end(tmp_path):
 
 
 def test_results_of_other_code_are_told_and_can_be_forgotten(tmp_path, monkeypatch):
-    store = Store(tmp_path)
+    session = session_of(tmp_path)
+    store = session.store
     other = replace(BASE, seed=1)
     put(BASE, store, [0.3, 0.4])
     put(other, store, [0.3, 0.4], code="of yesterday")
@@ -567,17 +568,30 @@ def test_results_of_other_code_are_told_and_can_be_forgotten(tmp_path, monkeypat
     store.write("notes/trade_off_a.json", b"{}")
     store.write("notes/repeated_a_b.json", b"{}")
     assert of_other_code([BASE, other], store) == [other]
-    line = code_line([BASE, other], store)
+    line = code_line([BASE, other], session)
     assert "1 of them" in line
     assert run_name(other) in line
     assert "\n" not in line
     assert "`experiments.forget_other_code(session)`" in line
     monkeypatch.setattr(experiments, "section_runs", lambda name, session: [BASE, other])
-    experiments.forget_other_code(session_of(tmp_path))
+    experiments.forget_other_code(session)
     assert store.result(other) is None
     assert store.names("checkpoints/*/*.safetensors") == []
     assert store.names("notes/*") == ["notes/repeated_a_b.json"]  # by what code one measured?
-    assert "all of this code" in code_line([BASE, other], store)
+    assert "all of this code" in code_line([BASE, other], session)
+
+
+def test_the_command_that_is_told_repeats_the_run_from_any_folder(tmp_path, monkeypatch):
+    session = replace(session_of(tmp_path), preset="lite")
+    put(BASE, session.store, [0.3, 0.4], code="of yesterday")
+    (command,) = re.findall("`(cd .*?)`", code_line([BASE], session))
+    folder, python = command.split(" && ")
+    assert folder == f"cd {utils.ROOT}"
+    called = []
+    monkeypatch.setattr(experiments, "open_session", lambda name, **options: name)
+    monkeypatch.setattr(experiments, "print_repeated", lambda *args: called.append(args))
+    experiments.main(python.removeprefix("python -m notebooks.experiments ").split())
+    assert called == [([run_name(BASE)], "lite")]
 
 
 def by_yesterdays_code(store, cfg, **changes):
@@ -604,8 +618,8 @@ def test_results_of_earlier_code_count_once_their_runs_are_repeated(
 
     assert repeat(cfgs[:1], session) == {run_name(cfgs[0]): []}
     assert of_other_code(cfgs, store) == []
-    assert "2 of them of an earlier version" in code_line(cfgs, store)
-    assert "checked on 1" in code_line(cfgs, store)
+    assert "2 of them of an earlier version" in code_line(cfgs, session)
+    assert "checked on 1" in code_line(cfgs, session)
     assert {cfg: store.result(cfg) for cfg in cfgs} == before  # what is stored stays
 
     # the next change of the code need only repeat runs of this one

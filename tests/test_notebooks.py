@@ -159,6 +159,24 @@ def test_tables_have_words_and_are_utf8_whatever_the_locale(session, monkeypatch
     assert text == ",test (%)\nquery and key,1 ± 2\n"
 
 
+def cell_with(number: int, text: str) -> str:
+    """The source of the one cell of a notebook, counted from 1, that has this text."""
+    notebook = run_notebooks.nbformat.read(run_notebooks.NOTEBOOKS[number - 1], as_version=4)
+    (source,) = [cell.source for cell in notebook.cells if text in cell.source]
+    return source
+
+
+def test_a_rate_is_not_rounded_away(session, monkeypatch):
+    """Those of *lite* and *full* are a hundred-thousandth."""
+    row = dict(schedule="cosine", weight_decay=5e-4, batch_size=64, lr=3e-5, start=30.123456,
+               val=40.123456)
+    monkeypatch.setattr(experiments, "section_frames", lambda *args: (pd.DataFrame([row]), None))
+    exec(cell_with(1, "01_schedules"), dict(experiments=experiments, figures=figures,
+                                            session=session))
+    lines = (session.figures / "01_schedules.csv").read_text(encoding="utf-8").splitlines()
+    assert lines[1] == "cosine,0.0005,64,3e-05,30.1235,40.1235"
+
+
 # ------------------------------------------------------------------ plans
 def test_a_plan_counts_what_is_stored_and_goes_by_the_seconds_of_stored_runs(session):
     cfgs = experiments._unlike(section_runs("grid", session))
@@ -259,6 +277,56 @@ def test_ones_own_ideas_are_not_trained_at_rates_half_searched(session, monkeypa
     monkeypatch.setattr(figures, "train_all", lambda *args, **options: pytest.fail("trained"))
     with pytest.raises(figures.Stopped):
         figures.train_own(session, ideas)
+
+
+@pytest.mark.parametrize("preset", experiments.SCALES)
+def test_ones_own_run_that_is_stopped_is_one_of_those_shown(session, monkeypatch, preset):
+    """A run of a search that is evaluated at its end alone would show nothing of stopping."""
+    base = utils.preset(preset, dataset="cifar100")
+    session = replace(session, preset=preset, base=base, scale=experiments.SCALES[preset])
+    ideas = {"mine": dict(rule="random")}
+    searched = []
+    trained = []
+
+    def search_rates(cfgs, session, live):
+        starts = [experiments.searched_like(cfg, session) for cfg in cfgs]
+        searched.extend(starts)
+        for cfg in starts:
+            put(session.store, replace(cfg, lr=3 * cfg.lr))
+        return [experiments.Ladder(cfg, {}, None, ()) for cfg in starts]
+
+    def train_all(cfgs, *args, **options):
+        trained.extend(cfgs)
+        return []
+    monkeypatch.setattr(experiments, "search_rates", search_rates)
+    monkeypatch.setattr(figures, "train_all", train_all)
+    first = figures.first_own_run(session, ideas)
+    figures.train_own(session, ideas)
+    assert run_name(first) in {run_name(cfg) for cfg in searched + trained}
+    steps = session.scale.sweep
+    assert first == experiments.with_steps(first, steps)
+    assert first.eval_every < first.num_rounds == steps // 4
+
+
+def test_a_searched_run_of_ones_own_is_not_trained_again_to_be_stopped(session, monkeypatch):
+    """When the cell is run again, its weights may be gone: it lost the search."""
+    monkeypatch.setattr(figures, "first_own_run", lambda session, ideas: CFG)
+    put(session.store, CFG)
+    path = session.store.root / f"{run_name(CFG)}.json"
+    result = utils.parse_result(path)
+    result.pop("test")
+    session.store.write(path.name, utils.to_json(result))
+    monkeypatch.setattr(experiments, "train", lambda *args, **options: pytest.fail("trained"))
+    exec(cell_with(5, "press_stop"), dict(experiments=experiments, figures=figures,
+                                          session=session))
+
+
+def test_ones_own_run_is_not_stopped_at_a_rate_half_searched(session, monkeypatch):
+    session = replace(session, preset="lite", scale=experiments.SCALES["lite"])
+    monkeypatch.setattr(experiments, "search_rates", lambda cfgs, session, live: [
+        experiments.Ladder(cfg, {}, None, (0.1,)) for cfg in cfgs])
+    with pytest.raises(figures.Stopped):
+        figures.first_own_run(session, {"mine": dict(rule="random")})
 
 
 # ------------------------------------------------------------------ plans and notes

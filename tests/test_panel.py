@@ -1,4 +1,5 @@
 """The panel: chooses one run, tells what is stored of it, and starts nothing by itself."""
+import shutil
 from dataclasses import replace
 
 import ipywidgets as widgets
@@ -55,6 +56,22 @@ def test_every_control_makes_its_field(session):
     chosen.controls["seed"].value = 4
     assert chosen.cfg == replace(START, classes_per_client=5, local_steps=8, rule="random",
                                  algorithm="fedprox", seed=4)
+
+
+@pytest.mark.parametrize("preset", experiments.SCALES)
+def test_every_rate_of_the_sections_is_offered_in_order(tmp_path, monkeypatch, preset):
+    """Also those of a preset that the panel changes to; a matched speed is not on the ladder."""
+    monkeypatch.setenv("RESULTS_DIR", str(tmp_path))
+    monkeypatch.setenv("TRAIN", "no")
+    start = replace(START, lr=0.07, rule="random", sparsity=0.7)
+    offered = panel(open_session("small", 1), start, "lr", "sparsity").options
+    for name in ("lr", "sparsity"):
+        assert offered[name] == sorted(offered[name])
+    of_preset = open_session(preset, 1)
+    for name in experiments.SECTIONS:
+        if name != "speed_matched":
+            rates = {cfg.lr for cfg in experiments.section_runs(name, of_preset)}
+            assert rates <= set(offered["lr"])
 
 
 def test_registered_rules_and_algorithms_are_offered(session, monkeypatch):
@@ -125,6 +142,29 @@ def test_another_preset_keeps_the_kind_of_run(session):
     chosen = panel(session, start, "lr", "seed")
     choose(chosen, "preset", "demo")
     assert (chosen.cfg.algorithm, chosen.cfg.rule) == ("centralized", "random")
+
+
+@pytest.mark.parametrize(("before", "after"), [("small", "lite"), ("lite", "small"),
+                                               ("lite", "full"), ("demo", "small")])
+@pytest.mark.parametrize("section", ["centralized_decays", "fedavg_iid", "grid", "rules"])
+def test_in_another_preset_the_runs_of_its_section_are_found(
+        tmp_path, monkeypatch, section, before, after):
+    """Not trained again: how often a run is evaluated and its weight decay are part of its key."""
+    monkeypatch.setenv("RESULTS_DIR", str(tmp_path))
+    monkeypatch.setenv("TRAIN", "no")
+    opened = open_session(before, 1)
+    expected = experiments.section_runs(section, open_session(after, 1))[0]
+    names = ["lr", "seed"]
+    if section in ("fedavg_iid", "grid"):
+        names.append("num_rounds")
+    chosen = panel(opened, section, *names)
+    assert chosen.cfg == experiments.section_runs(section, opened)[0]
+    choose(chosen, "preset", after)
+    choose(chosen, "lr", expected.lr)
+    if "num_rounds" in names:
+        chosen.controls["num_rounds"].value = expected.num_rounds
+    assert chosen.cfg == expected
+    assert "This cannot be run" not in shown(chosen)
 
 
 def test_runs_of_another_preset_reach_the_drive_and_mind_the_time(session, tmp_path, monkeypatch):
@@ -216,6 +256,17 @@ def test_the_stored_runs_are_listed_and_synthetic_images_marked(session):
     assert "SYNTHETIC" in chosen.table.value
 
 
+def test_a_searched_run_that_is_tested_is_listed_anew(session):
+    chosen = panel(session, START, *NAMES)
+    train_all([START], session, test=False)
+    chosen.update()
+    untested = chosen.table.value
+    chosen.run()
+    accuracy = experiments.frames([session.store.result(START)])[0].test.item()
+    assert f"{accuracy:.4g}<" in chosen.table.value
+    assert untested.count(">–<") == chosen.table.value.count(">–<") + 1
+
+
 def test_a_click_opens_no_file_of_the_drive_and_parses_nothing_twice(
         session, tmp_path, monkeypatch):
     slow = BackedUpStore(session.store.root, quiet=True, backup=tmp_path / "drive")
@@ -232,6 +283,35 @@ def test_a_click_opens_no_file_of_the_drive_and_parses_nothing_twice(
     assert parsed == []
     assert "Stored runs: 1" in chosen.table.value
     assert drive_was.is_dir()
+
+
+def test_on_another_day_the_checkpoints_of_the_backup_count(session, tmp_path, monkeypatch):
+    """Training goes on from them; they are listed once and opened once, not at every click."""
+    slow = BackedUpStore(tmp_path / "machine", quiet=True, backup=tmp_path / "drive")
+    train_all([START], replace(session, store=slow), watch=figures.press_stop)
+    searched = replace(START, seed=1)
+    train_all([searched], replace(session, store=slow), test=False)
+    shutil.rmtree(slow.root)  # the machine of that day
+
+    today = replace(session, store=replace(slow))
+    chosen = panel(today, START, *NAMES)
+    assert "2 of 4 rounds stored, will run 2" in shown(chosen)
+    assert "at round 2" in chosen.picture.value
+    half, whole = (figures.flop_left(cfg, store, True) for cfg, store in (
+        (START, today.store), (START, session.store.inside("empty"))))
+    assert half == whole / 2
+    chosen.controls["seed"].value = 1
+    assert "4 of 4 rounds stored, not tested" in shown(chosen)
+
+    (tmp_path / "drive").rename(tmp_path / "gone")
+    chosen.controls["seed"].value = 0
+    assert "at round 2" in chosen.picture.value
+    (tmp_path / "gone").rename(tmp_path / "drive")
+    for name in today.store.names("checkpoints/*/*.safetensors"):
+        today.store.delete(name)
+    assert "0 of 4 rounds stored" in figures.status_of(START, today)
+    chosen.run()
+    assert "4 of 4 rounds stored, nothing to run" in shown(chosen)
 
 
 def test_a_preset_for_gpus_is_refused_without_one(session):

@@ -374,6 +374,9 @@ def test_old_checkpoints_leave_the_backup_too(backed):
         backed.save(run, replace(state, round=number))
     for place in (backed.root, backed.backup):
         assert sorted(p.name[:7] for p in place.glob(CKPT)) == ["0000002", "0000003"]
+    shutil.rmtree(backed.root)
+    for store in (backed, replace(backed)):  # that wrote them, and that listed them
+        assert [p.name[:7] for p in store.known_checkpoints(run.cfg)] == ["0000002", "0000003"]
 
 
 def test_a_checkpoint_is_never_dropped_for_damaged_ones_of_later_rounds(backed):
