@@ -313,6 +313,25 @@ def test_stand_ins_share_one_search(tmp_path, monkeypatch):
     assert {cfg.lr for cfg in section_runs("grid", session)} == {0.1}
 
 
+@pytest.mark.parametrize("name", ["lite", "full"])
+def test_a_strong_pull_is_searched_for_itself_and_a_weak_one_is_fedavg(tmp_path, name):
+    session = session_of(tmp_path, preset(name, dataset="cifar100"), name)
+    weak, strong = SCALES[name].pulls
+    cells = SECTIONS["pulls"].cells(session)
+    like = searched_like(cells[weak, "Nc=10"], session)
+    assert like.algorithm == "fedavg"
+    assert experiments.of_stand_in(cells[weak, "Nc=10"], session)
+    put(replace(like, lr=0.3), session.store, [0.3, 0.5])
+
+    like = searched_like(cells[strong, "Nc=10"], session)
+    assert (like.algorithm, like.prox_mu) == ("fedprox", strong)
+    assert not experiments.of_stand_in(cells[strong, "Nc=10"], session)
+    put(replace(like, lr=0.003), session.store, [0.3, 0.5])
+    cells = SECTIONS["pulls"].cells(session)
+    assert [cells[mu, "Nc=10"].lr for mu in (weak, strong)] == [0.3, 0.003]
+    assert "fedprox takes that of fedavg (up to mu = 0.01)" in experiments.rates_line(session)
+
+
 def test_longer_runs_take_the_best_of_rates_around_the_shorter_runs_own(tmp_path, monkeypatch):
     monkeypatch.setitem(SCALES, "small", replace(
         SCALES["small"], longer_rungs=dict.fromkeys((None, "random"), (0, 1, 2, -1))))
