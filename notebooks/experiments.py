@@ -73,6 +73,7 @@ from utils import (
 Label = tuple           # what tells an experiment's cells apart, such as ("random", "Nc=1")
 Cells = dict[Label, Config]
 Watch = Callable[[Config, tuple[dict, ...]], None]  # called with a run and its history so far
+After = Callable[[Config], None]                    # called with a run as soon as it is done
 
 
 # ------------------------------------------------------------------ session
@@ -783,9 +784,22 @@ def run_section(name: str, session: Session, watch: Watch | None = None) -> list
     ready = all(settle(other, session, watch) for other in section.rests_on)
     if not ready or not find_rates(name, session, watch):
         return section_runs(name, session)
-    left = train_all(section_runs(name, session), session, section.test, watch)
-    if not left and not section.keep:
-        drop_weights(name, session)
+    runs = section_runs(name, session)
+    if section.keep or session.store.frozen:
+        return train_all(runs, session, section.test, watch)
+
+    kept = kept_runs(session)
+    done = {}   # {name: run}
+
+    def after(cfg):
+        done[run_name(cfg)] = cfg
+        # of a choice another one may be the best now
+        losers = done.keys() - kept - chosen_runs(name, session)
+        drop_weights([done.pop(loser) for loser in losers], session, early=True)
+    left = train_all(runs, session, section.test, watch, after)
+    if not left:
+        stay = kept | chosen_runs(name, session)
+        drop_weights([cfg for cfg in runs if run_name(cfg) not in stay], session)
     return left
 
 
@@ -811,20 +825,39 @@ def settle(name: str, session: Session, watch: Watch | None = None) -> bool:
     return ready and find_rates(name, session, watch)
 
 
-def drop_weights(name: str, session: Session):
-    """Deletes the weights of a finished section's runs, where none keeps them: a Drive has 15 GB.
+def kept_runs(session: Session) -> set[str]:
+    """Names of the runs whose weights a section keeps."""
+    keeping = [name for name, section in SECTIONS.items() if section.keep]
+    return {run_name(cfg) for name in keeping for cfg in section_runs(name, session)}
 
-    Of runs among which a section without a test chooses, those of the choice stay to be tested.
+
+def chosen_runs(name: str, session: Session) -> set[str]:
+    """Names of the runs that are chosen from a section without a test, by what is stored so far:
+    they are still to be tested."""
+    if SECTIONS[name].test:
+        return set()
+    resting = [other for other, section in SECTIONS.items() if name in section.rests_on]
+    return {run_name(cfg) for other in resting for cfg in section_runs(other, session)}
+
+
+def drop_weights(cfgs: Iterable[Config], session: Session, early: bool = False):
+    """Deletes the weights of finished runs from which nobody goes on: a Drive has 15 GB.
+
+    `early` is before all are done that are trained beside them: those at a constant rate then stay,
+    for a longer one may go on from a shorter one. Those of heads, which others begin with, always
+    stay; they are small.
     """
     if session.store.frozen:
         return
-    runs = section_runs(name, session)
-    keep = [other for other, section in SECTIONS.items() if section.keep
-            or name in section.rests_on and not SECTIONS[name].test]
-    kept = {run_name(cfg) for other in keep for cfg in section_runs(other, session)}
-    for cfg in runs:
-        if run_name(cfg) not in kept:
+    for cfg in cfgs:
+        may_go_on = early and cfg.schedule == "constant"
+        if not may_go_on and cfg.head != "probe":
             drop_checkpoints(cfg, session.store)
+
+
+def drop_checkpoints(cfg: Config, store: Store):
+    for name in store.names(f"checkpoints/{run_name(cfg)}/*.safetensors"):
+        store.delete(name)
 
 
 # ------------------------------------------------------------------ rate search
@@ -1022,13 +1055,16 @@ def search_rates(cfgs: Iterable[Config], session: Session, watch: Watch | None =
     """
     starts = _unlike([searched_like(cfg, session) for cfg in cfgs])
     store = session.store
+
+    def after(cfg):
+        drop_losers(ladder(searched_like(cfg, session), store), session, early=True)
     while True:
         ladders = [ladder(cfg, store) for cfg in starts]
         todo = [replace(found.cfg, lr=lr) for found in ladders for lr in found.todo]
         if not todo or store.frozen:
             break
         # the first guesses of all cells first, then their neighbours
-        if train_all(todo, session, test=False, watch=watch):
+        if train_all(todo, session, test=False, watch=watch, after=after):
             return [ladder(cfg, store) for cfg in starts]
         unread = [run_name(cfg) for cfg in todo if cfg.lr not in stored_rates(cfg, store)]
         if unread:
@@ -1046,33 +1082,27 @@ def _unlike(cfgs: Iterable[Config]) -> list[Config]:
     return list({run_name(cfg): cfg for cfg in cfgs}.values())
 
 
-def drop_losers(found: Ladder, session: Session):
-    """Deletes the weights of rates that lost a finished search: nobody goes on from them.
+def drop_losers(found: Ladder, session: Session, early: bool = False):
+    """Deletes the weights of rates that have lost a search, so far: nobody goes on from them.
 
     Those of the winner too, where it was searched on shorter runs than those that are shown.
+    `early` is as in `drop_weights`.
     """
-    if not found.finished or session.store.frozen:
-        return
-    for lr in found.scores:
-        if lr != found.lr or session.scale.search is not None:
-            drop_checkpoints(replace(found.cfg, lr=lr), session.store)
-
-
-def drop_checkpoints(cfg: Config, store: Store):
-    for name in store.names(f"checkpoints/{run_name(cfg)}/*.safetensors"):
-        store.delete(name)
+    losers = [lr for lr in found.scores if lr != found.lr or session.scale.search is not None]
+    drop_weights([replace(found.cfg, lr=lr) for lr in losers], session, early)
 
 
 # ------------------------------------------------------------------ training
 def train_all(cfgs: Iterable[Config], session: Session, test: bool = True,
-              watch: Watch | None = None) -> list[Config]:
+              watch: Watch | None = None, after: After | None = None) -> list[Config]:
     """Trains what is not stored, in order; what is left of it, an empty list when all is done.
 
     Stops by itself at the session's time, and by hand at any moment; what was begun is stored, and
     the next call goes on from there. With several workers that many runs are trained side by side,
     in processes of their own. On a CPU every run computes with one thread, with one worker too:
     sums over threads are rounded otherwise, so that results would depend on `workers`.
-    `watch(cfg, history)` is called after every evaluation of a run.
+    `watch(cfg, history)` is called after every evaluation of a run, `after(cfg)` in this process as
+    soon as a run is done and stored.
     Raises what training raises, such as ValueError or FileNotFoundError.
     """
     store = session.store
@@ -1080,7 +1110,7 @@ def train_all(cfgs: Iterable[Config], session: Session, test: bool = True,
     if store.frozen:
         return [cfg for cfg in wanted if not is_done(cfg, store, test)]
     todo = [cfg for cfg in wanted if not is_done(cfg, store, test)]
-    bar = Bar(todo, store, session, watch)
+    bar = Bar(todo, store, session, watch, after)
     try:
         abroad, here = [], todo
         if session.workers > 1 and len(todo) > 1:
@@ -1114,10 +1144,13 @@ def is_done(cfg: Config, store: Store, test: bool) -> bool:
 
 
 class Bar:
-    """One progress bar over many runs, in local steps, and what is called at evaluations."""
+    """One progress bar over many runs, in local steps, and what is called at evaluations and ends.
+    """
 
-    def __init__(self, cfgs: list[Config], store: Store, session: Session, watch: Watch | None):
+    def __init__(self, cfgs: list[Config], store: Store, session: Session, watch: Watch | None,
+                 after: After | None):
         self.watch = watch
+        self.after = after
         self.session = session
         self.done = 0
         self.running = {}   # steps of the runs that are being trained, by name
@@ -1141,6 +1174,8 @@ class Bar:
         result = store.result(cfg)
         if self.session.tensorboard and result and result["status"] == "finished":
             write_scalars(result, store.root / "tensorboard")
+        if self.after is not None:
+            self.after(cfg)
 
     def _show(self):
         self.bar.n = self.done + sum(self.running.values())

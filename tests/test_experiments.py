@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import CFG, make_small
+from helpers import CFG, make_small, timeless
 
 import utils
 from notebooks import experiments
@@ -77,6 +77,24 @@ def pretend(monkeypatch, accuracy):
         return put(cfg, store, [0.3, value], test=value if test else None)
     monkeypatch.setattr(experiments, "train", train)
     return trained
+
+
+def with_weights(monkeypatch, accuracy):
+    """Training that stores weights and `accuracy(cfg)`; [(run, names of those with weights when it
+    began)], which grows."""
+    begun = []
+
+    def train(cfg, store, test=True, **options):
+        begun.append((cfg, weights_in(store)))
+        store.write(f"checkpoints/{run_name(cfg)}/1_a.safetensors", b"x")
+        return put(cfg, store, [0.3, accuracy(cfg)], test=0.4 if test else None)
+    monkeypatch.setattr(experiments, "train", train)
+    return begun
+
+
+def weights_in(store):
+    """Names of the runs whose weights are stored."""
+    return {Path(name).parent.name for name in store.names("checkpoints/*/*.safetensors")}
 
 
 # ------------------------------------------------------------------ session
@@ -234,18 +252,16 @@ def test_what_was_stopped_before_its_rates_were_found_trains_nothing_on_them(tmp
 def test_the_weights_of_a_choice_stay_until_it_is_tested(tmp_path, monkeypatch):
     """The longest runs of all: else the winner would be trained twice."""
     session = session_of(tmp_path)
-
-    def train(cfg, store, test=True, **options):
-        store.write(f"checkpoints/{run_name(cfg)}/1_a.safetensors", b"x")
-        return put(cfg, store, [0.3, 0.4 - abs(rung_of(cfg.lr))], test=0.4 if test else None)
-    monkeypatch.setattr(experiments, "train", train)
+    begun = with_weights(monkeypatch, lambda cfg: 0.4 - abs(rung_of(cfg.lr)))
     run_section("longer_rates", session)
     winners = {run_name(cfg) for cfg in section_runs("longer", session)}
-    assert winners <= {Path(name).parent.name for name in
-                       session.store.names("checkpoints/*/*.safetensors")}
+    assert winners <= weights_in(session.store)
+    tried = {run_name(cfg) for cfg in section_runs("longer_rates", session)}
+    for cfg, there in begun:
+        if run_name(cfg) in tried:  # of each rule the best so far, and no other
+            assert len(there & tried) <= len(winners)
     run_section("longer", session)
-    kept = {Path(name).parent.name for name in session.store.names("checkpoints/*/*.safetensors")}
-    assert not winners & kept
+    assert not winners & weights_in(session.store)
 
 
 def test_a_search_that_cannot_read_a_stored_rung_says_so(tmp_path, monkeypatch):
@@ -446,6 +462,32 @@ def test_checkpoints_of_rates_that_lost_are_deleted(tmp_path, monkeypatch):
     search_rates([BASE], session)
     kept = session.store.names("checkpoints/*/*.safetensors")
     assert kept == [f"checkpoints/{run_name(replace(like, lr=0.03))}/1_a.safetensors"]
+
+
+def test_weights_of_a_search_go_while_it_goes_on(tmp_path, monkeypatch):
+    """Of a Drive's 15 GB, hundreds of rates of a ViT-S/16 would take more."""
+    scale = replace(SCALES["small"], shardings=(None, 10, 1), local_steps=(4,))
+    for search, stay in ((None, 1), (64, 0)):
+        session = session_of(tmp_path / f"{search}")
+        session = replace(session, scale=replace(scale, search=search))
+        begun = with_weights(monkeypatch, lambda cfg: 0.5 - 0.01 * abs(
+            rung_of(cfg.lr) - rung_of(0.03)))
+        cells = SECTIONS["grid"].cells(session).values()
+        found = search_rates(cells, session)
+        assert len(begun) > 9
+        # of every ladder the best so far, where its run is one that is shown
+        for _, there in begun:
+            assert len(there) <= stay * len(found)
+        winners = {run_name(replace(ladder.cfg, lr=ladder.lr)) for ladder in found}
+        assert weights_in(session.store) == (winners if stay else set())
+
+
+def test_a_frozen_store_keeps_all_weights(tmp_path):
+    session = session_of(tmp_path)
+    session.store.write(f"checkpoints/{run_name(BASE)}/1_a.safetensors", b"x")
+    session.store.frozen = True
+    experiments.drop_weights([BASE], session)
+    assert weights_in(session.store) == {run_name(BASE)}
 
 
 # ------------------------------------------------------------------ training
@@ -711,14 +753,61 @@ def test_the_weights_that_nothing_needs_any_more_are_deleted(tmp_path, monkeypat
         "rules": experiments.Section("05", lambda s: {(): replace(BASE, lr=0.3)}, (),
                                      searched=False, keep=True)})
 
-    def train(cfg, store, test=True, **options):
-        store.write(f"checkpoints/{run_name(cfg)}/1_a.safetensors", b"x")
-        return put(cfg, store, [0.3, 0.4], test=0.4)
-    monkeypatch.setattr(experiments, "train", train)
+    with_weights(monkeypatch, lambda cfg: 0.4)
     run_section("map", session)
-    kept = session.store.names("checkpoints/*/*.safetensors")
-    assert kept == [f"checkpoints/{run_name(replace(BASE, lr=0.3))}/1_a.safetensors"]
+    assert weights_in(session.store) == {run_name(replace(BASE, lr=0.3))}
     assert len(session.store.names("*.json")) == 2
+
+
+def one_section(monkeypatch, cfgs):
+    """`SECTIONS` has one section, "runs", of these configurations; nothing is searched or kept."""
+    section = experiments.Section("05", lambda s: {(i,): cfg for i, cfg in enumerate(cfgs)},
+                                  ("i",), searched=False)
+    monkeypatch.setattr(experiments, "SECTIONS", {"runs": section})
+
+
+def test_weights_of_a_section_go_run_by_run(tmp_path, monkeypatch):
+    session = session_of(tmp_path, seeds=(0, 1))
+    begun = with_weights(monkeypatch, lambda cfg: 0.4)
+    one_section(monkeypatch, [replace(BASE, lr=lr) for lr in (0.1, 0.3)])
+    assert run_section("runs", session) == []
+    assert [there for _, there in begun] == [set()] * 4
+    assert weights_in(session.store) == set()
+
+
+def test_weights_stay_from_which_a_longer_run_or_a_sparse_one_begins(tmp_path, monkeypatch):
+    """A longer run at a constant rate, and a sparse one whose head a run of its own has trained."""
+    session = session_of(tmp_path)
+    begun = with_weights(monkeypatch, lambda cfg: 0.4)
+    constant = replace(BASE, schedule="constant", num_rounds=8, eval_every=4)
+    probe = replace(BASE, head="probe")
+    longer = replace(constant, num_rounds=16)
+    one_section(monkeypatch, [constant, probe, longer])
+    run_section("runs", session)
+    assert begun[2] == (longer, {run_name(constant), run_name(probe)})
+    assert utils.shorter_runs(longer, session.store)  # that the other would go on from
+    assert weights_in(session.store) == {run_name(probe)}
+
+
+def test_what_was_stopped_amid_a_section_is_gone_on_with_whatever_weights_are_deleted(
+        tmp_path, monkeypatch):
+    make_small(monkeypatch)
+    one_section(monkeypatch, [replace(CFG, lr=lr) for lr in (0.03, 0.1, 0.3)])
+
+    def stop(cfg, history):
+        if cfg.lr == 0.1 and history[-1]["round"] == 2:
+            raise KeyboardInterrupt
+    session = session_of(tmp_path / "cut", CFG)
+    left = run_section("runs", session, stop)
+    assert [cfg.lr for cfg in left] == [0.1, 0.3]
+    assert weights_in(session.store) == {run_name(left[0])}
+    assert run_section("runs", session) == []
+    assert weights_in(session.store) == set()
+    whole = session_of(tmp_path / "whole", CFG)
+    run_section("runs", whole)
+    for cfg in section_runs("runs", session):
+        assert utils.to_json(timeless(session.store.result(cfg))) == utils.to_json(
+            timeless(whole.store.result(cfg)))
 
 
 def test_the_readme_has_the_table_of_costs():
