@@ -2035,6 +2035,11 @@ def holm(comparisons: list[Comparison]) -> list[Comparison]:
 RUNGS = 4          # of a search: three bracket a good guess, a fourth where it is one off
 T4_FLOPS = 8e12    # sustained in fp16: an eighth of the peak in NVIDIA's data sheet, until measured
 CPU_FLOPS = 5e10   # of a core, in float32: about what the small ViT reaches on servers of today
+CHECKPOINTS = 3    # of a run in training, at the moment when one is stored
+# {algorithm: what its server remembers, in multiples of all weights}, in each of these; a mask is a
+# quarter, a byte where a weight takes four
+MEMORIES = {"fedavgm": 1, "fedadam": 2, "held_out": 1, "held_out_matched": 1,
+            **dict.fromkeys(RECALIBRATION.values(), 0.25)}
 
 
 def steps_of(cfg: Config) -> int:
@@ -2125,10 +2130,42 @@ def stored_bytes(cfg: Config) -> float:
     return 2 * 4 * (1 - cfg.sparsity) * free + free / 8
 
 
+def running_bytes(cfg: Config) -> float:
+    """What a run has stored at most while it is trained: its checkpoints."""
+    every, _ = weight_counts(cfg.arch, cfg.image_size)
+    memory = MEMORIES.get(cfg.algorithm, 0)
+    if cfg.algorithm == "scaffold":
+        memory = cfg.num_clients + 1
+    return CHECKPOINTS * (stored_bytes(cfg) + 4 * every * memory)
+
+
+def cached_mask(cfg: Config) -> tuple:
+    """What tells the run's mask from others in the store's cache, where it stays, a byte a weight.
+
+    Clients that calibrate have shards of their own; one place sees the same images for all.
+    """
+    what = (cfg.rule, cfg.sparsity, cfg.calibration_rounds, cfg.calibration_images, cfg.head,
+            cfg.seed)
+    if cfg.calibration != "central" and not cfg.centralized:
+        what += (cfg.calibration, cfg.calibration_clients, sharding_label(cfg))
+    return what
+
+
+def lasting_bytes(cfg: Config, keep: bool) -> dict:
+    """{file: bytes} of what stays of a run: its mask, and its weights where they are to `keep`."""
+    files = {}
+    if keep:
+        files[run_name(cfg)] = stored_bytes(cfg)
+    if cfg.rule:
+        _, free = weight_counts(cfg.arch, cfg.image_size)
+        files[cached_mask(cfg)] = free
+    return files
+
+
 def planned(name: str, session: Session) -> dict[str, tuple[Config, bool, bool]]:
     """{run: (Config, tested, kept)} of a section; searches count with RUNGS rates a cell.
 
-    What is kept are weights, after all runs of the section are done.
+    What is kept are weights, after the run is done.
     """
     section = SECTIONS[name]
     runs = {}
@@ -2167,8 +2204,12 @@ def throughput(preset_name: str, store: Store) -> tuple[float, str]:
 
 
 def budget(preset_name: str, seeds: int = 1, store: Store | None = None,
-           by_section: bool = False, notebook: str | None = None) -> pd.DataFrame:
+           by_section: bool = False, notebook: str | None = None, workers: int = 1
+           ) -> pd.DataFrame:
     """A row a notebook (or section), and their sum: runs, images, FLOP, GB on Drive, hours.
+
+    The GB are the most at a time: what stays, which adds up, and the largest checkpoints of as many
+    runs in training as there are `workers`; `left` is what stays alone.
 
     Nothing is trained or loaded: counted are the configurations, with RUNGS runs a search, as if
     nothing was stored; a run of several notebooks counts in the first, unless one `notebook` alone
@@ -2181,16 +2222,18 @@ def budget(preset_name: str, seeds: int = 1, store: Store | None = None,
         plans = {name: planned(name, session) for name, section in SECTIONS.items()
                  if notebook in (None, section.notebook)}
     speed, source = throughput(preset_name, store) if store else (T4_FLOPS, "estimated for a T4")
+    running = {}   # row -> GB of the largest of its runs in training
     counted = {}   # run -> images trained, evaluated, and FLOP, so far
-    on_drive = set()
+    on_drive = set()  # files that stay, so far
     rows = {}
     for name, runs in plans.items():
         group = f"{SECTIONS[name].notebook} {name}" if by_section else SECTIONS[name].notebook
-        row = rows.setdefault(group, dict(runs=0, trained=0, evaluated=0, flop=0.0, gigabytes=0.0))
+        row = rows.setdefault(group, dict(runs=0, trained=0, evaluated=0, flop=0.0, left=0.0))
         for run, (cfg, test, kept) in runs.items():
-            if kept and run not in on_drive:
-                on_drive.add(run)
-                row["gigabytes"] += stored_bytes(cfg) / 1e9
+            for file, size in lasting_bytes(cfg, kept).items():
+                row["left"] += size / 1e9 * (file not in on_drive)
+                on_drive.add(file)
+            running[group] = max(running.get(group, 0), running_bytes(cfg) / 1e9)
             # a run of an earlier section may be tested only here
             before = counted.get(run, (0, 0, 0))
             costs = (*images_of(cfg, test), flop_of(cfg, test))
@@ -2202,6 +2245,8 @@ def budget(preset_name: str, seeds: int = 1, store: Store | None = None,
             counted[run] = more
     frame = pd.DataFrame(rows).T.sort_index()
     frame.loc["all"] = frame.sum()
+    running["all"] = max(running.values())
+    frame["gigabytes"] = frame.left + workers * pd.Series(running)
     frame["hours"] = frame.flop / speed / 3600
     frame["throughput"] = f"{speed / 1e12:.3g} TFLOP/s, {source}"
     return frame.astype({"runs": int, "trained": int, "evaluated": int})
@@ -2210,7 +2255,7 @@ def budget(preset_name: str, seeds: int = 1, store: Store | None = None,
 def budget_markdown() -> str:
     """The README's table of costs at the estimated speed of a T4, with one seed."""
     columns = ("preset", "notebook", "runs", "images trained", "evaluated", "PFLOP",
-               "GB on Drive", "hours")
+               "GB at most", "hours")
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for name in ("lite", "full", "small", "demo"):
         for notebook, row in budget(name).iterrows():
@@ -2228,9 +2273,11 @@ def budget_markdown() -> str:
 
 def budget_line(notebook: str, session: Session) -> str:
     """The first output of a notebook: what all its runs cost, were nothing stored."""
-    row = budget(session.preset, len(session.seeds), session.store, notebook=notebook).loc["all"]
+    table = budget(session.preset, len(session.seeds), session.store, notebook=notebook,
+                   workers=session.workers)
+    row = table.loc["all"]
     return (f"Preset {session.preset}, {len(session.seeds)} seed(s): {row.runs} runs, about "
-            f"{row.hours / session.workers:.1f} hours with {session.workers} worker(s) and "
+            f"{row.hours / session.workers:.1f} hours with {session.workers} worker(s) and at most "
             f"{row.gigabytes:.1f} GB if nothing is stored yet ({row.throughput}).")
 
 
