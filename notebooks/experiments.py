@@ -75,6 +75,7 @@ from utils import (
 Label = tuple           # what tells an experiment's cells apart, such as ("random", "Nc=1")
 Cells = dict[Label, Config]
 Watch = Callable[[Config, tuple[dict, ...]], None]  # called with a run and its history so far
+After = Callable[[Config], None]                    # called with a run as soon as it is done
 
 
 # ------------------------------------------------------------------ session
@@ -285,10 +286,10 @@ _LITE = replace(
         "rule": {"shuffled": "random"}, "algorithm": {"fedexp": "fedavg", "fedprox": "fedavg"}})
 
 # full: at most 40 hours, with one seed; an image costs 5.7 times that of lite, so the runs are
-# shorter.
+# shorter, and the map ends at ten times the best rate, which is what is asked of it.
 _FULL = replace(_LITE, headline=384, sweep=192, lengths=(384, 768), more_rounds=3,
                 sparsities=(0.0, 0.5, 0.8, 0.9, 0.99), consensus=CONSENSUS[:4],
-                recalibration_skews=(10,), map_rungs=(-1, 0, 1, 2, 3))
+                recalibration_skews=(10,), map_rungs=(-1, 0, 1, 2))
 
 # demo: every line of code in minutes; its accuracies say nothing.
 _DEMO = replace(
@@ -795,9 +796,22 @@ def run_section(name: str, session: Session, watch: Watch | None = None) -> list
     ready = all(settle(other, session, watch) for other in section.rests_on)
     if not ready or not find_rates(name, session, watch):
         return section_runs(name, session)
-    left = train_all(section_runs(name, session), session, section.test, watch)
-    if not left and not section.keep:
-        drop_weights(name, session)
+    runs = section_runs(name, session)
+    if section.keep or session.store.frozen:
+        return train_all(runs, session, section.test, watch)
+
+    kept = kept_runs(session)
+    done = {}   # {name: run}
+
+    def after(cfg):
+        done[run_name(cfg)] = cfg
+        # of a choice another one may be the best now
+        losers = done.keys() - kept - chosen_runs(name, session)
+        drop_weights([done.pop(loser) for loser in losers], session, early=True)
+    left = train_all(runs, session, section.test, watch, after)
+    if not left:
+        stay = kept | chosen_runs(name, session)
+        drop_weights([cfg for cfg in runs if run_name(cfg) not in stay], session)
     return left
 
 
@@ -823,20 +837,39 @@ def settle(name: str, session: Session, watch: Watch | None = None) -> bool:
     return ready and find_rates(name, session, watch)
 
 
-def drop_weights(name: str, session: Session):
-    """Deletes the weights of a finished section's runs, where none keeps them: a Drive has 15 GB.
+def kept_runs(session: Session) -> set[str]:
+    """Names of the runs whose weights a section keeps."""
+    keeping = [name for name, section in SECTIONS.items() if section.keep]
+    return {run_name(cfg) for name in keeping for cfg in section_runs(name, session)}
 
-    Of runs among which a section without a test chooses, those of the choice stay to be tested.
+
+def chosen_runs(name: str, session: Session) -> set[str]:
+    """Names of the runs that are chosen from a section without a test, by what is stored so far:
+    they are still to be tested."""
+    if SECTIONS[name].test:
+        return set()
+    resting = [other for other, section in SECTIONS.items() if name in section.rests_on]
+    return {run_name(cfg) for other in resting for cfg in section_runs(other, session)}
+
+
+def drop_weights(cfgs: Iterable[Config], session: Session, early: bool = False):
+    """Deletes the weights of finished runs from which nobody goes on: a Drive has 15 GB.
+
+    `early` is before all are done that are trained beside them: those at a constant rate then stay,
+    for a longer one may go on from a shorter one. Those of heads, which others begin with, always
+    stay; they are small.
     """
     if session.store.frozen:
         return
-    runs = section_runs(name, session)
-    keep = [other for other, section in SECTIONS.items() if section.keep
-            or name in section.rests_on and not SECTIONS[name].test]
-    kept = {run_name(cfg) for other in keep for cfg in section_runs(other, session)}
-    for cfg in runs:
-        if run_name(cfg) not in kept:
+    for cfg in cfgs:
+        may_go_on = early and cfg.schedule == "constant"
+        if not may_go_on and cfg.head != "probe":
             drop_checkpoints(cfg, session.store)
+
+
+def drop_checkpoints(cfg: Config, store: Store):
+    for name in store.names(f"checkpoints/{run_name(cfg)}/*.safetensors"):
+        store.delete(name)
 
 
 # ------------------------------------------------------------------ rate search
@@ -871,13 +904,28 @@ def first_guess(cfg: Config) -> float:
     return rate_of(rung_of(cfg.lr) + rungs)
 
 
+WEAK_PULL = 0.01   # mu up to which FedProx takes the rate of a stand-in
+
+
+def stood_in(cfg: Config, session: Session) -> dict:
+    """{field: value} of the run that is searched in the place of `cfg`, where it is another.
+
+    FedProx is FedAvg but for rounding while its pull is weak, and has its own rate where it is not.
+    """
+    changes = {}
+    for name, stand_in in session.scale.stand_ins.items():
+        value = getattr(cfg, name)
+        if value in stand_in:
+            changes[name] = stand_in[value]
+    if cfg.algorithm == "fedprox" and cfg.prox_mu > WEAK_PULL:
+        changes.pop("algorithm", None)
+    return changes
+
+
 def searched_like(cfg: Config, session: Session) -> Config:
     """The run, at seed 0 and the first guess, that stands for `cfg` in the search of its rate."""
     scale = session.scale
-    changes = {}
-    for name, stand_in in scale.stand_ins.items():
-        value = getattr(cfg, name)
-        changes[name] = stand_in.get(value, value)
+    changes = stood_in(cfg, session)
     like = replace(cfg, seed=0, test_curve=False, lr=session.base.lr, **changes)
     like = replace(like, lr=first_guess(like))
     if scale.search is None:
@@ -890,7 +938,7 @@ def searched_like(cfg: Config, session: Session) -> Config:
 
 def of_stand_in(cfg: Config, session: Session) -> bool:
     """Whether the search of the run's rate is that of another sharding or number of steps."""
-    return any(getattr(cfg, name) in stand_in for name, stand_in in session.scale.stand_ins.items())
+    return bool(stood_in(cfg, session))
 
 
 def at_own_rate(cfg: Config, session: Session) -> Config:
@@ -1019,13 +1067,16 @@ def search_rates(cfgs: Iterable[Config], session: Session, watch: Watch | None =
     """
     starts = _unlike([searched_like(cfg, session) for cfg in cfgs])
     store = session.store
+
+    def after(cfg):
+        drop_losers(ladder(searched_like(cfg, session), store), session, early=True)
     while True:
         ladders = [ladder(cfg, store) for cfg in starts]
         todo = [replace(found.cfg, lr=lr) for found in ladders for lr in found.todo]
         if not todo or store.frozen:
             break
         # the first guesses of all cells first, then their neighbours
-        if train_all(todo, session, test=False, watch=watch):
+        if train_all(todo, session, test=False, watch=watch, after=after):
             return [ladder(cfg, store) for cfg in starts]
         unread = [run_name(cfg) for cfg in todo if cfg.lr not in stored_rates(cfg, store)]
         if unread:
@@ -1043,33 +1094,27 @@ def _unlike(cfgs: Iterable[Config]) -> list[Config]:
     return list({run_name(cfg): cfg for cfg in cfgs}.values())
 
 
-def drop_losers(found: Ladder, session: Session):
-    """Deletes the weights of rates that lost a finished search: nobody goes on from them.
+def drop_losers(found: Ladder, session: Session, early: bool = False):
+    """Deletes the weights of rates that have lost a search, so far: nobody goes on from them.
 
     Those of the winner too, where it was searched on shorter runs than those that are shown.
+    `early` is as in `drop_weights`.
     """
-    if not found.finished or session.store.frozen:
-        return
-    for lr in found.scores:
-        if lr != found.lr or session.scale.search is not None:
-            drop_checkpoints(replace(found.cfg, lr=lr), session.store)
-
-
-def drop_checkpoints(cfg: Config, store: Store):
-    for name in store.names(f"checkpoints/{run_name(cfg)}/*.safetensors"):
-        store.delete(name)
+    losers = [lr for lr in found.scores if lr != found.lr or session.scale.search is not None]
+    drop_weights([replace(found.cfg, lr=lr) for lr in losers], session, early)
 
 
 # ------------------------------------------------------------------ training
 def train_all(cfgs: Iterable[Config], session: Session, test: bool = True,
-              watch: Watch | None = None) -> list[Config]:
+              watch: Watch | None = None, after: After | None = None) -> list[Config]:
     """Trains what is not stored, in order; what is left of it, an empty list when all is done.
 
     Stops by itself at the session's time, and by hand at any moment; what was begun is stored, and
     the next call goes on from there. With several workers that many runs are trained side by side,
     in processes of their own. On a CPU every run computes with one thread, with one worker too:
     sums over threads are rounded otherwise, so that results would depend on `workers`.
-    `watch(cfg, history)` is called after every evaluation of a run.
+    `watch(cfg, history)` is called after every evaluation of a run, `after(cfg)` in this process as
+    soon as a run is done and stored.
     Raises what training raises, such as ValueError or FileNotFoundError.
     """
     store = session.store
@@ -1077,7 +1122,7 @@ def train_all(cfgs: Iterable[Config], session: Session, test: bool = True,
     if store.frozen:
         return [cfg for cfg in wanted if not is_done(cfg, store, test)]
     todo = [cfg for cfg in wanted if not is_done(cfg, store, test)]
-    bar = Bar(todo, store, session, watch)
+    bar = Bar(todo, store, session, watch, after)
     try:
         abroad, here = [], todo
         if session.workers > 1 and len(todo) > 1:
@@ -1112,10 +1157,13 @@ def is_done(cfg: Config, store: Store, test: bool) -> bool:
 
 
 class Bar:
-    """One progress bar over many runs, in local steps, and what is called at evaluations."""
+    """One progress bar over many runs, in local steps, and what is called at evaluations and ends.
+    """
 
-    def __init__(self, cfgs: list[Config], store: Store, session: Session, watch: Watch | None):
+    def __init__(self, cfgs: list[Config], store: Store, session: Session, watch: Watch | None,
+                 after: After | None):
         self.watch = watch
+        self.after = after
         self.session = session
         self.done = 0
         self.running = {}   # steps of the runs that are being trained, by name
@@ -1139,6 +1187,8 @@ class Bar:
         result = store.result(cfg)
         if self.session.tensorboard and result and result["status"] == "finished":
             write_scalars(result, store.root / "tensorboard")
+        if self.after is not None:
+            self.after(cfg)
 
     def _show(self):
         self.bar.n = self.done + sum(self.running.values())
@@ -2011,6 +2061,11 @@ def holm(comparisons: list[Comparison]) -> list[Comparison]:
 RUNGS = 4          # of a search: three bracket a good guess, a fourth where it is one off
 T4_FLOPS = 8e12    # sustained in fp16: an eighth of the peak in NVIDIA's data sheet, until measured
 CPU_FLOPS = 5e10   # of a core, in float32: about what the small ViT reaches on servers of today
+CHECKPOINTS = 3    # of a run in training, at the moment when one is stored
+# {algorithm: what its server remembers, in multiples of all weights}, in each of these; a mask is a
+# quarter, a byte where a weight takes four
+MEMORIES = {"fedavgm": 1, "fedadam": 2, "held_out": 1, "held_out_matched": 1,
+            **dict.fromkeys(RECALIBRATION.values(), 0.25)}
 
 
 def steps_of(cfg: Config) -> int:
@@ -2101,10 +2156,42 @@ def stored_bytes(cfg: Config) -> float:
     return 2 * 4 * (1 - cfg.sparsity) * free + free / 8
 
 
+def running_bytes(cfg: Config) -> float:
+    """What a run has stored at most while it is trained: its checkpoints."""
+    every, _ = weight_counts(cfg.arch, cfg.image_size)
+    memory = MEMORIES.get(cfg.algorithm, 0)
+    if cfg.algorithm == "scaffold":
+        memory = cfg.num_clients + 1
+    return CHECKPOINTS * (stored_bytes(cfg) + 4 * every * memory)
+
+
+def cached_mask(cfg: Config) -> tuple:
+    """What tells the run's mask from others in the store's cache, where it stays, a byte a weight.
+
+    Clients that calibrate have shards of their own; one place sees the same images for all.
+    """
+    what = (cfg.rule, cfg.sparsity, cfg.calibration_rounds, cfg.calibration_images, cfg.head,
+            cfg.seed)
+    if cfg.calibration != "central" and not cfg.centralized:
+        what += (cfg.calibration, cfg.calibration_clients, sharding_label(cfg))
+    return what
+
+
+def lasting_bytes(cfg: Config, keep: bool) -> dict:
+    """{file: bytes} of what stays of a run: its mask, and its weights where they are to `keep`."""
+    files = {}
+    if keep:
+        files[run_name(cfg)] = stored_bytes(cfg)
+    if cfg.rule:
+        _, free = weight_counts(cfg.arch, cfg.image_size)
+        files[cached_mask(cfg)] = free
+    return files
+
+
 def planned(name: str, session: Session) -> dict[str, tuple[Config, bool, bool]]:
     """{run: (Config, tested, kept)} of a section; searches count with RUNGS rates a cell.
 
-    What is kept are weights, after all runs of the section are done.
+    What is kept are weights, after the run is done.
     """
     section = SECTIONS[name]
     runs = {}
@@ -2143,8 +2230,12 @@ def throughput(preset_name: str, store: Store) -> tuple[float, str]:
 
 
 def budget(preset_name: str, seeds: int = 1, store: Store | None = None,
-           by_section: bool = False, notebook: str | None = None) -> pd.DataFrame:
+           by_section: bool = False, notebook: str | None = None, workers: int = 1
+           ) -> pd.DataFrame:
     """A row a notebook (or section), and their sum: runs, images, FLOP, GB on Drive, hours.
+
+    The GB are the most at a time: what stays, which adds up, and the largest checkpoints of as many
+    runs in training as there are `workers`; `left` is what stays alone.
 
     Nothing is trained or loaded: counted are the configurations, with RUNGS runs a search, as if
     nothing was stored; a run of several notebooks counts in the first, unless one `notebook` alone
@@ -2157,16 +2248,18 @@ def budget(preset_name: str, seeds: int = 1, store: Store | None = None,
         plans = {name: planned(name, session) for name, section in SECTIONS.items()
                  if notebook in (None, section.notebook)}
     speed, source = throughput(preset_name, store) if store else (T4_FLOPS, "estimated for a T4")
+    running = {}   # row -> GB of the largest of its runs in training
     counted = {}   # run -> images trained, evaluated, and FLOP, so far
-    on_drive = set()
+    on_drive = set()  # files that stay, so far
     rows = {}
     for name, runs in plans.items():
         group = f"{SECTIONS[name].notebook} {name}" if by_section else SECTIONS[name].notebook
-        row = rows.setdefault(group, dict(runs=0, trained=0, evaluated=0, flop=0.0, gigabytes=0.0))
+        row = rows.setdefault(group, dict(runs=0, trained=0, evaluated=0, flop=0.0, left=0.0))
         for run, (cfg, test, kept) in runs.items():
-            if kept and run not in on_drive:
-                on_drive.add(run)
-                row["gigabytes"] += stored_bytes(cfg) / 1e9
+            for file, size in lasting_bytes(cfg, kept).items():
+                row["left"] += size / 1e9 * (file not in on_drive)
+                on_drive.add(file)
+            running[group] = max(running.get(group, 0), running_bytes(cfg) / 1e9)
             # a run of an earlier section may be tested only here
             before = counted.get(run, (0, 0, 0))
             costs = (*images_of(cfg, test), flop_of(cfg, test))
@@ -2178,6 +2271,8 @@ def budget(preset_name: str, seeds: int = 1, store: Store | None = None,
             counted[run] = more
     frame = pd.DataFrame(rows).T.sort_index()
     frame.loc["all"] = frame.sum()
+    running["all"] = max(running.values())
+    frame["gigabytes"] = frame.left + workers * pd.Series(running)
     frame["hours"] = frame.flop / speed / 3600
     frame["throughput"] = f"{speed / 1e12:.3g} TFLOP/s, {source}"
     return frame.astype({"runs": int, "trained": int, "evaluated": int})
@@ -2186,7 +2281,7 @@ def budget(preset_name: str, seeds: int = 1, store: Store | None = None,
 def budget_markdown() -> str:
     """The README's table of costs at the estimated speed of a T4, with one seed."""
     columns = ("preset", "notebook", "runs", "images trained", "evaluated", "PFLOP",
-               "GB on Drive", "hours")
+               "GB at most", "hours")
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for name in ("lite", "full", "small", "demo"):
         for notebook, row in budget(name).iterrows():
@@ -2204,9 +2299,11 @@ def budget_markdown() -> str:
 
 def budget_line(notebook: str, session: Session) -> str:
     """The first output of a notebook: what all its runs cost, were nothing stored."""
-    row = budget(session.preset, len(session.seeds), session.store, notebook=notebook).loc["all"]
+    table = budget(session.preset, len(session.seeds), session.store, notebook=notebook,
+                   workers=session.workers)
+    row = table.loc["all"]
     return (f"Preset {session.preset}, {len(session.seeds)} seed(s): {row.runs} runs, about "
-            f"{row.hours / session.workers:.1f} hours with {session.workers} worker(s) and "
+            f"{row.hours / session.workers:.1f} hours with {session.workers} worker(s) and at most "
             f"{row.gigabytes:.1f} GB if nothing is stored yet ({row.throughput}).")
 
 
@@ -2221,6 +2318,8 @@ def rates_line(session: Session) -> str:
     for name, stand_in in scale.stand_ins.items():
         pairs = [f"{value} takes that of {other}" for value, other in stand_in.items()]
         shared.append(f"{name}: {', '.join(pairs)}")
+    if "fedprox" in scale.stand_ins.get("algorithm", {}):
+        shared[-1] += f" (up to mu = {WEAK_PULL:g})"
     return (f"Learning rates are searched on runs of {scale.search} local steps (centralised: of "
             f"{scale.search_epochs} epoch). Not searched are {'; '.join(shared)}.")
 

@@ -79,6 +79,28 @@ def test_two_workers_give_the_bits_of_one(tmp_path, alone):
     assert {part["threads"] for parts in segments for part in parts} == {1}
 
 
+def test_the_weights_of_what_workers_have_done_are_deleted_while_they_go_on(
+        tmp_path, alone, monkeypatch):
+    """But for those of one run that another section keeps, and of a head's own run."""
+    def section(cfgs, keep):
+        return experiments.Section("05", lambda session: dict(enumerate(cfgs)), ("i",),
+                                   searched=False, keep=keep)
+    monkeypatch.setattr(experiments, "SECTIONS", {"runs": section(GRID, False),
+                                                  "kept": section(GRID[-2:-1], True)})
+    session = session_of(tmp_path)
+    monkeypatch.setattr(experiments, "section_runs", lambda name, session: list(
+        experiments.SECTIONS[name].cells(session).values()))
+
+    def weights():
+        return {run_name(cfg) for cfg in GRID
+                if session.store.names(f"checkpoints/{run_name(cfg)}/*.safetensors")}
+    most = []
+    assert experiments.run_section("runs", session, lambda *_: most.append(len(weights()))) == []
+    assert stored(tmp_path) == stored(alone)
+    assert weights() == {run_name(GRID[-2])}
+    assert max(most) <= 3  # of the two that are trained, and of the one that is kept
+
+
 def test_workers_wait_for_the_next_call_of_any_session(tmp_path, alone):
     session = session_of(tmp_path / "first")
     assert train_all(GRID[:2], session, test=False) == []
