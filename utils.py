@@ -1615,7 +1615,8 @@ def next_state(run: Run, state: State, update: CohortUpdate) -> tuple[Params, di
     params = {n: params[n].to(w) for n, w in state.params.items()}
     if run.mask is not None:
         # Frozen means frozen whatever a hook does.
-        params = {n: torch.where(run.mask[n], params[n], w) for n, w in state.params.items()}
+        for n, before in state.params.items():
+            params[n] = torch.where(run.mask[n], params[n], before)
     return params, algorithm_state
 
 
@@ -2085,7 +2086,7 @@ def _logistic_loss(w: Tensor, parts: list[tuple[Tensor, Tensor]], l2: float
 
 
 def _checked_head(weight: Tensor, bias: Tensor) -> Params:
-    head = dict(zip(HEAD, (weight.contiguous(), bias.contiguous()), strict=True))
+    head = {"head.weight": weight.contiguous(), "head.bias": bias.contiguous()}
     if not all(w.isfinite().all() for w in head.values()):
         raise ValueError("the head is not finite: are the features?")
     return head
@@ -2274,17 +2275,17 @@ class Store:
             return Checkpoint(card, {n: w.to(device()) for n, w in tensors.items()})
         return None
 
-    def compute_or_load(self, kind: str, key: dict, compute: Callable[[], dict]) -> dict:
+    def compute_or_load(self, kind: str, key: dict, compute: Callable[[], dict] | None) -> dict:
         """`compute()`, kept under all that it depends on: tensors in cache/, JSON in notes/.
 
-        A frozen store that has none gives {}.
+        A frozen store that has none gives {}, and so does any without `compute`.
         """
         name = f"{kind}_{json_sha256(key)}"
         weights = self.read(f"cache/{name}.safetensors")
         if weights is not None:
             return {n: w.to(device()) for n, w in safetensors.torch.load(weights).items()}
         note = self.read(f"notes/{name}.json")
-        if note is not None or self.frozen:
+        if note is not None or self.frozen or compute is None:
             return json.loads(note or b"{}")
         value = compute()
         if all(isinstance(v, Tensor) for v in value.values()):

@@ -558,17 +558,20 @@ def longer(session: Session) -> Cells:
 
 
 def speed_matched(session: Session) -> Cells:
-    """Rules at rates proportional to 1 / (Fisher mass freed); "random" keeps its own."""
+    """Rules at rates proportional to 1 / (Fisher mass freed); "random" keeps its own.
+
+    Masses are looked up: `measure_masses` has them measured before the section is trained.
+    """
     scale = session.scale
     cells = {}
     for nc in scale.map_shardings:
         at_sweep = with_steps(replace(session.base, classes_per_client=nc), scale.sweep)
         reference = at_own_rate(replace(at_sweep, rule="random"), session)
-        mass = fisher_mass(reference, session.store)
+        mass = fisher_mass(reference, session.store, measure=False)
         for rule in filter(None, scale.map_rules):
             cfg = replace(reference, rule=rule)
-            own = fisher_mass(cfg, session.store)
-            # Of a frozen store without masses the cells can be counted, not trained.
+            own = fisher_mass(cfg, session.store, measure=False)
+            # Before the masses are measured the cells can be counted, not trained.
             factor = mass / own if mass and own else 2
             if rule != "random":
                 cfg = replace(cfg, lr=float(f"{reference.lr * factor:.3g}"))
@@ -576,11 +579,17 @@ def speed_matched(session: Session) -> Cells:
     return cells
 
 
-def fisher_mass(cfg: Config, store: Store) -> float | None:
+def measure_masses(session: Session):
+    """Measures the Fisher mass of every mask of `speed_matched`, which hangs on no rate."""
+    for cfg in speed_matched(session).values():
+        fisher_mass(cfg, session.store)
+
+
+def fisher_mass(cfg: Config, store: Store, measure: bool = True) -> float | None:
     """Share of the Fisher information (a trace) on the weights that the run's mask frees.
 
     Scored once, on `calibration_images` of the training part, at the start; kept in the store's
-    notes. None in a frozen store that has none.
+    notes. None where there is none yet and a frozen store, or the caller, wants none measured.
     """
     # what the mask depends on, and nothing that training alone reads
     like = replace(cfg, lr=1e-3, num_rounds=1, local_steps=0, classes_per_client=None)
@@ -594,7 +603,8 @@ def fisher_mass(cfg: Config, store: Store) -> float | None:
         freed = sum(f[run.mask[n].to(f.device)].sum().item() for n, f in fisher.items())
         return {"mass": freed / total}
     key = dict(run_key(like), images=cfg.calibration_images)
-    return store.compute_or_load("fisher_mass", key, compute).get("mass")
+    found = store.compute_or_load("fisher_mass", key, compute if measure else None)
+    return found.get("mass")
 
 
 def consensus(session: Session) -> Cells:
@@ -724,6 +734,7 @@ class Section:
     test: bool = True               # False: a choice, made on validation alone
     keep: bool = False              # the weights of finished runs, for what is measured on them
     rests_on: tuple[str, ...] = ()  # sections whose rates, or choices, its cells take
+    measure: Callable[[Session], None] | None = None  # what its cells need measured first
 
 
 # In the order in which they tell most: within a notebook and over all of them.
@@ -754,7 +765,7 @@ SECTIONS = {
                             test=False, rests_on=("rules",)),
     "longer": Section("05", longer, ("rule",), searched=False, rests_on=("longer_rates",)),
     "speed_matched": Section("05", speed_matched, ("rule", "sharding"), searched=False,
-                             rests_on=("rules",)),
+                             rests_on=("rules",), measure=measure_masses),
     "methods": Section("05", methods, ("method", "weights trained", "sharding")),
     "pulls": Section("05", pulls, ("mu", "sharding")),
     "merges": Section("05", merges, ("method", "weights trained", "sharding")),
@@ -796,6 +807,9 @@ def run_section(name: str, session: Session, watch: Watch | None = None) -> list
     ready = all(settle(other, session, watch) for other in section.rests_on)
     if not ready or not find_rates(name, session, watch):
         return section_runs(name, session)
+    if section.measure is not None and time.monotonic() < session.stop_at:
+        with one_thread():
+            section.measure(session)
     runs = section_runs(name, session)
     if section.keep or session.store.frozen:
         return train_all(runs, session, section.test, watch)
@@ -1598,6 +1612,11 @@ def test_of_start(session: Session) -> float:
 EQUAL_GAIN = 0.25   # nats of a client's own loss at which damages are compared
 OTHER_GAINS = (0.175, 0.35)   # does the order hang on the one above?
 ONE_CLASS_GAIN = 0.5   # a client of one class gains more: with half of the weights more than 0.25
+
+
+def equal_gain(where: str) -> float:
+    """The gain (nats) at which damages are compared with clients of this sharding."""
+    return ONE_CLASS_GAIN if where == nc_label(1) else EQUAL_GAIN
 
 
 def trade_off_cells(session: Session) -> Cells:

@@ -1250,7 +1250,7 @@ def draw_interference(session: Session):
         ax.sharey(curves[0])
         draw_trade_offs(ax, measured[measured.sharding == where], session)
         ax.set_title(words(where))
-    curves[0].set_ylabel("damage to others (nats)")
+    curves[0].set_ylabel("damage, other classes (nats)")
     draw_cost(last, measured[measured.sharding == shardings[0]], session)
     last.set_title(words(shardings[0]))
     legend_above(fig, 5)
@@ -1258,8 +1258,8 @@ def draw_interference(session: Session):
     if measured.seed.nunique() > 1:
         bars = "Bars: 95 % t interval over seeds."
     say_below(fig, f"Lines: means over clients and seeds, where both are positive. {bars}")
-    save_figure(session, fig, "05_interference", "Damage that a client's first task vector does to "
-                "other clients against its gain on its own classes, a line a rule along learning "
+    save_figure(session, fig, "05_interference", "Damage that a client's first task vector does on "
+                "other classes against its gain on its own classes, a line a rule along learning "
                 "rates, a panel a sharding; and test accuracy against the damage at equal gain")
 
 
@@ -1290,10 +1290,11 @@ def draw_trade_offs(ax, measured: pd.DataFrame, session: Session):
 
 def draw_cost(ax, measured: pd.DataFrame, session: Session):
     """Test accuracy of each mask at its own rate against its damage at equal gain, one sharding."""
-    costs = experiments.damages(measured).groupby("rule").damage.apply(list)
-    where = set(measured.sharding)
+    where, = set(measured.sharding)
+    gain = experiments.equal_gain(where)
+    costs = experiments.damages(measured, gain).groupby("rule").damage.apply(list)
     cells = {label: cfg for label, cfg in experiments.trade_off_cells(session).items()
-             if label[1] in where}
+             if label[1] == where}
     for i, rule in enumerate(of_trade_offs(session)):
         cfgs = [replace(cfg, seed=seed) for label, cfg in cells.items() if label[0] == rule
                 for seed in session.seeds]
@@ -1303,7 +1304,7 @@ def draw_cost(ax, measured: pd.DataFrame, session: Session):
             label = None if in_curves(rule) else words(rule)
             ax.errorbar(x, y, dy, dx, capsize=2, elinewidth=0.8, label=label,
                         **look(i) | {"linestyle": "none"})
-    ax.set_xlabel(f"damage at {experiments.EQUAL_GAIN:g} nats of gain")
+    ax.set_xlabel(f"damage at {gain:g} nats of gain")
     ax.set_ylabel("test top-1 (%)")
 
 
@@ -1312,7 +1313,8 @@ def damage_table(session: Session) -> pd.DataFrame:
     gain at which it is taken? Ratios with 95 % t intervals over seeds."""
     measured = experiments.trade_offs(session)
     table = {}
-    for gain in sorted([experiments.EQUAL_GAIN, *experiments.OTHER_GAINS]):
+    gains = experiments.EQUAL_GAIN, experiments.ONE_CLASS_GAIN, *experiments.OTHER_GAINS
+    for gain in sorted(gains):
         found = experiments.damages(measured, gain)
         for where in measured.sharding.unique():
             column = {}
@@ -1534,7 +1536,7 @@ def range_in_words(session: Session, rule: str, where: str) -> str:
 
 def damage_against(session: Session, rule: str, other: str, where: str) -> str:
     """"1.3 times (95 % interval 1.0 to 1.9) the damage": of a rule over another, at equal gain."""
-    found = experiments.damages(experiments.trade_offs(session))
+    found = experiments.damages(experiments.trade_offs(session), experiments.equal_gain(where))
     ratio, low, high = experiments.damage_ratio(found, rule, other, where)
     if math.isnan(ratio):
         return "a damage that is not known yet, to be held against that"

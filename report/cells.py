@@ -76,6 +76,8 @@ def read_section(section: Section, session: Session) -> dict[tuple, Cell]:
 
     # once for all cells, since a frame takes longer to make than to look through
     runs, history = experiments.frames(results.values())
+    # of the fitted head on frozen features, which all runs begin with
+    runs["test_start"] = experiments.test_of_start(session)
     cells = {}
     for label, cfgs in of_cell.items():
         names = [run_name(cfg) for cfg in cfgs]

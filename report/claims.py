@@ -67,8 +67,9 @@ def comparison(claim: Claim, cells: Cells, store: Store | None = None) -> Compar
     if len(pairs) == 0 or is_log:
         return experiments.NOTHING
     images = validation_images(a)
-    if claim["value_a"] == claim["value_b"] == "test":
+    if claim["value_a"] == "test":
         images = min(TEST_IMAGES, a.cfgs[0].eval_images or TEST_IMAGES)
+    if claim["value_a"] == claim["value_b"] == "test":
         found = on_same_images(a, b, pairs.index[0], store)
         if found.seeds:
             return found

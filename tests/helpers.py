@@ -8,7 +8,7 @@ import tqdm
 from torch import nn
 
 import utils
-from utils import ALGORITHMS, Config, Data, FedAvg, Run, SparseSGDM, State, Store
+from utils import Config, Data, FedAvg, Run, State, Store
 
 # Tests fork and kill: tqdm's lock between processes would stay with a child killed while holding
 # it, and its monitor thread could hold it at a fork. Then whoever draws a bar waits for ever.
@@ -110,12 +110,9 @@ def small_run(cfg: Config, shards=None, mask=None, model=None) -> tuple[Run, Sta
     data = Data(x[:40], y[:40], x[40:], y[40:], np.arange(30), np.arange(30, 40))
     if shards is None:
         shards = np.array_split(np.arange(30), cfg.num_clients)
-    trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    optimizer = SparseSGDM(trainable.items(), cfg.lr, cfg.momentum, cfg.weight_decay, mask=mask)
-    algorithm = None if cfg.centralized else ALGORITHMS[cfg.algorithm](cfg)
-    run = Run(cfg, data, model, trainable, mask, [np.asarray(s) for s in shards], algorithm,
-              optimizer, {})
-    return run, State({n: p.detach().clone() for n, p in trainable.items()})
+    names = {n for n, p in model.named_parameters() if p.requires_grad}
+    run = utils.run_of(cfg, data, model, names, mask, [np.asarray(s) for s in shards], {})
+    return run, State({n: w.clone() for n, w in run.weights().items()})
 
 
 def half_mask(run: Run) -> dict:

@@ -12,6 +12,7 @@ import torch
 from helpers import CFG, make_small
 
 import utils
+from notebooks.experiments import close_workers
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.insert(0, str(FOLDER))
@@ -113,6 +114,14 @@ def test_a_grid_in_processes_is_measured_next_to_one(monkeypatch, capsys, tmp_pa
     monkeypatch.setattr(workers, "train_all", lambda cfgs, session: cfgs)
     with pytest.raises(RuntimeError, match="2 of 2 runs are left"):
         quick(monkeypatch, workers, tmp_path)
+
+
+def test_a_grid_is_trained_in_processes_for_the_measurement():
+    cfg = replace(CFG, num_rounds=1, eval_images=20)
+    try:
+        workers.train_grid([replace(cfg, seed=seed) for seed in (0, 1)], 2)
+    finally:
+        close_workers()
 
 
 def test_make_bench_runs_every_script():

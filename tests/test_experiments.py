@@ -395,11 +395,38 @@ def test_longer_runs_take_the_best_of_rates_around_the_shorter_runs_own(tmp_path
 
 def test_speed_matched_rates_are_inverse_to_the_fisher_mass(tmp_path, monkeypatch):
     mass = {"random": 0.1, "least_sensitive": 0.01, "most_sensitive": 0.4}
-    monkeypatch.setattr(experiments, "fisher_mass", lambda cfg, store: mass.get(cfg.rule, 0.1))
+    monkeypatch.setattr(experiments, "fisher_mass",
+                        lambda cfg, store, measure: mass.get(cfg.rule, 0.1))
     cells = SECTIONS["speed_matched"].cells(session_of(tmp_path))
     lr = cells["random", "IID"].lr
     assert cells["least_sensitive", "IID"].lr == pytest.approx(10 * lr)
     assert cells["most_sensitive", "IID"].lr == pytest.approx(lr / 4)
+
+
+def test_masses_are_measured_before_a_section_is_trained_and_not_to_list_it(tmp_path, monkeypatch):
+    session = session_of(tmp_path)
+    measured = []
+
+    def open_run(cfg, store):
+        measured.append(cfg.rule)
+        raise KeyboardInterrupt
+    monkeypatch.setattr(experiments, "open_run", open_run)
+    monkeypatch.setattr(experiments, "settle", lambda *given: True)
+    before = section_runs("speed_matched", session)
+    assert measured == []
+    with pytest.raises(KeyboardInterrupt):
+        experiments.run_section("speed_matched", session)
+    assert len(measured) == 1
+    assert {cfg.rule for cfg in before} >= {"random", "least_sensitive"}
+
+
+def test_a_mass_is_of_as_many_images_as_it_was_asked_for(tmp_path, monkeypatch):
+    make_small(monkeypatch)
+    store = Store(tmp_path, quiet=True)
+    cfg = replace(CFG, rule="random")  # whose mask needs no images
+    for images in (20, 40):
+        experiments.fisher_mass(replace(cfg, calibration_images=images), store)
+    assert len(store.names("notes/fisher_mass_*")) == 2
 
 
 def test_the_fisher_mass_of_all_weights_is_one_and_of_half_of_them_is_less(tmp_path, monkeypatch):

@@ -1,4 +1,5 @@
 """Algorithms beyond FedAvg, merges, and the hooks they are written through."""
+import functools
 import importlib
 import linecache
 import math
@@ -558,6 +559,36 @@ def mine(weights, fisher, draw):
     assert utils.source_sha256(names["mine"]) == hashes[-1]
     names["ALPHA"] = [2.0]
     with pytest.raises(ValueError, match="ALPHA is a list, which may change"):
+        utils.source_sha256(names["mine"])
+
+
+def test_a_default_that_was_computed_is_part_of_an_idea():
+    source = """
+def made(p):
+    def mine(weights, fisher, draw, p=p, q=1.0):
+        return {n: p * q * w for n, w in weights.items()}
+    return mine
+one, other = made(1.0), made(-1.0)
+"""
+    names = cell(source)
+    assert utils.source_sha256(names["one"]) != utils.source_sha256(names["other"])
+
+
+def test_a_class_of_another_cell_is_part_of_an_idea_that_uses_it():
+    hashes = []
+    for factor in (1, 5):
+        names = cell("def mine(weights, fisher, draw):\n    return Helper().scores(weights)\n")
+        helper = f"""
+class Helper:
+    factor = {factor}
+    def scores(self, weights):
+        return {{n: Helper.factor * w for n, w in weights.items()}}
+"""
+        names["Helper"] = cell(helper, 1)["Helper"]
+        hashes.append(utils.source_sha256(names["mine"]))
+    assert len(set(hashes)) == 2
+    names["Helper"] = functools.partial(pow, 2)
+    with pytest.raises(ValueError, match="Helper is a partial"):
         utils.source_sha256(names["mine"])
 
 

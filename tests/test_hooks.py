@@ -178,6 +178,26 @@ def test_a_field_must_be_declared_and_is_then_part_of_the_key(step, field):
     assert utils.federated_round(run, state).round == 1
 
 
+def early(self, cfg):
+    FedAvg.__init__(self, cfg)
+    self.step = cfg.server_lr
+
+
+def in_a_message(self, run, vector, state, client, lr):
+    return {"lr": torch.tensor(run.cfg.server_lr)}
+
+
+@pytest.mark.parametrize("hooks", [dict(__init__=early), dict(client_message=in_a_message)])
+def test_a_field_must_be_declared_wherever_it_is_read(hooks):
+    registered(**hooks)
+
+    def one_round():
+        run, state = small_run(replace(CFG, algorithm="idea"))
+        utils.federated_round(run, state)
+    with pytest.raises(ValueError, match="'idea' asks for server_lr"):
+        one_round()
+
+
 def test_an_algorithm_can_be_copied():
     algorithm = copy.deepcopy(FedAvg(CFG))
     assert algorithm.cfg.lr == CFG.lr

@@ -446,7 +446,7 @@ def trade_offs(ratios: dict, gains=(0.1, 1.0)) -> pd.DataFrame:
     (trade_offs({0: 2.0}), "2.00 times (one seed, no interval) the damage"),
     # sqrt(4.4); in logarithms two seeds' half-width is 12.706 * log(1.1) / 2: a factor of 1.832
     (trade_offs({0: 2.0, 1: 2.2}), "2.10 times (95 % interval 1.14 to 3.84) the damage"),
-    (trade_offs({0: 2.0}, gains=(0.5, 1.0)), "a damage that is not known yet"),
+    (trade_offs({0: 2.0}, gains=(0.6, 1.0)), "a damage that is not known yet"),
     (trade_offs({}), "a damage that is not known yet"),
 ])
 def test_damage_at_equal_gain_as_part_of_a_sentence(session, monkeypatch, measured, said):
@@ -460,7 +460,8 @@ def test_the_order_of_damages_is_shown_at_several_gains(session, monkeypatch):
     measured = trade_offs({0: 2.0, 1: 2.2}).replace("random", "dense")
     monkeypatch.setattr(experiments, "trade_offs", lambda session: measured)
     table = figures.damage_table(session)
-    assert list(table.columns) == [("Nc=1", f"{gain} nats") for gain in ("0.175", "0.25", "0.35")]
+    assert list(table.columns) == [("Nc=1", f"{gain} nats") for gain in
+                                   ("0.175", "0.25", "0.35", "0.5")]
     assert set(table.loc["least_sensitive"]) == {"2.10 (1.14 to 3.84)"}
     assert set(table.loc["dense"]) == {"1.00"}
     assert set(table.loc["random"]) == {"–"}

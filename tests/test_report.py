@@ -516,7 +516,7 @@ def test_every_claim_is_of_cells_that_exist_and_is_used(empty):
             assert len(values) == 1, name
             assert values <= damages, name
         else:
-            assert values <= {"test", "val", "start"}, name
+            assert values <= {"test", "val", "start", "test_start"}, name
     shown = {*used("gap"), *used("interval"), *used("claim"), *used("claimor")}
     assert shown == CLAIMS.keys()
 

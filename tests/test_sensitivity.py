@@ -214,6 +214,12 @@ class NoDoubles(TorchDispatchMode):
         return result
 
 
+@pytest.mark.parametrize("number", [4, 13])
+def test_labels_must_be_as_many_as_images(mlp, number):
+    with pytest.raises(ValueError, match=f"8 images have {number} labels"):
+        sensitivity(mlp, torch.randn(8, 12), torch.zeros(number, dtype=torch.long), chunk=4)
+
+
 def test_float64_is_only_used_where_it_can_be(monkeypatch, mlp):
     monkeypatch.setattr(utils, "precise_device", lambda tensor: torch.device("meta"))
     x, y = torch.randn(6, 12), torch.arange(6)

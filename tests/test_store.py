@@ -344,6 +344,21 @@ def test_a_newer_version_in_the_backup_is_another_machines_and_is_taken(backed):
     assert newer.read_bytes() == (again.root / "a.json").read_bytes() == b'{"made": "anew"}'
 
 
+def test_a_newer_version_of_the_same_size_is_taken_too(backed):
+    """Predictions of all runs are of one size: old ones beside a new result would be a mixture."""
+    backed.write("a.npy", b"old")
+    newer = backed.backup / "a.npy"
+    newer.write_bytes(b"new")
+    later = (backed.root / "a.npy").stat().st_mtime + 60
+    os.utime(newer, (later, later))
+    again = replace(backed)
+    assert newer.read_bytes() == (again.root / "a.npy").read_bytes() == b"new"
+    newer.write_bytes(b"xxx")
+    os.utime(newer, (later, later))
+    replace(backed)
+    assert (again.root / "a.npy").read_bytes() == b"new"  # of the same time: not read again
+
+
 def test_a_damaged_result_is_taken_from_the_backup(backed, monkeypatch):
     result = federated(SHORT, backed)
     path = backed.root / f"{run_name(SHORT)}.json"

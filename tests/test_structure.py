@@ -19,7 +19,7 @@ from utils import ROOT
 FOLDERS = ("notebooks", "distributed", "report", "benchmarks")
 MODULES = ["utils.py", *sorted(str(f.relative_to(ROOT)) for folder in FOLDERS
                                for f in (ROOT / folder).rglob("*.py"))]
-UTILS_LINES = 2680  # a ceiling, so that what is added is noticed
+UTILS_LINES = 2760  # a ceiling, so that what is added is noticed
 BELOW = {  # what a module or folder may import, beside its own folder's modules outside notebooks/
     "utils": set(),
     "notebooks.backup": {"utils"},

@@ -206,6 +206,7 @@ def test_results_are_where_the_project_keeps_them(monkeypatch):
     assert not train.open_store("small").frozen
     monkeypatch.setenv("RESULTS_DIR", "~/there")
     monkeypatch.setenv("TRAIN", "no")
+    assert train.open_store("lite").root.name == "lite"  # where notebooks look for it
     store = train.open_store("demo")
     assert store.root == train.Path.home() / "there/demo"
     assert store.frozen
