@@ -384,7 +384,8 @@ def _source(function: Callable, users: tuple = ()) -> str:
     parts += [_constant(n, v) for n, v in sorted(around.items()) if n != "__class__"]
     for name, p in inspect.signature(function).parameters.items():
         # a default that was computed does not show in the source
-        if p.default is not p.empty and f"{name}={p.default!r}" not in source:
+        shown = re.search(rf"\b{name}\b[^=]*={re.escape(repr(p.default))}", source)
+        if p.default is not p.empty and not shown:
             parts.append(_constant(name, p.default))
     if function.__module__ != "__main__":
         return "\n".join(parts)
