@@ -373,23 +373,11 @@ def source_sha256(thing: Callable, users: tuple = ()) -> str:
 
 
 def _source(function: Callable, users: tuple = ()) -> str:
-    """The source of a function and the constants around it.
-
-    Of one from a notebook's cell also what it uses of other cells, which can be run again without
-    it.
-    """
-    source = _plain_source(function)
-    parts = [source]
-    around = inspect.getclosurevars(function).nonlocals
-    parts += [_constant(n, v) for n, v in sorted(around.items()) if n != "__class__"]
-    for name, p in inspect.signature(function).parameters.items():
-        # a default that was computed does not show in the source
-        shown = re.search(rf"\b{name}\b[^=]*={re.escape(repr(p.default))}", source)
-        if p.default is not p.empty and not shown:
-            parts.append(_constant(name, p.default))
+    """The source of a function; of one from a notebook's cell also what it uses of other cells,
+    which can be run again without it."""
+    parts = [_own_source(function)]
     if function.__module__ != "__main__":
-        return "\n".join(parts)
-
+        return parts[0]
     for name in sorted(_global_names(function.__code__) & function.__globals__.keys()):
         value = function.__globals__[name]
         is_code = inspect.isfunction(value) or inspect.isclass(value)
@@ -411,12 +399,22 @@ def _global_names(code: types.CodeType) -> set[str]:
 
 
 @cache  # by function: what runs is what was read first, before any edit
-def _plain_source(function: Callable) -> str:
+def _own_source(function: Callable) -> str:
+    """The source of a function and the constants that it was made with."""
     try:
-        return _plain(textwrap.dedent(inspect.getsource(function)))
+        source = _plain(textwrap.dedent(inspect.getsource(function)))
     except (OSError, TypeError, SyntaxError) as error:
         raise ValueError(f"the source of {function!r} cannot be found ({error}): define it by "
                          "`def` in a cell or a file, on lines of its own") from error
+    parts = [source]
+    around = inspect.getclosurevars(function).nonlocals
+    parts += [_constant(n, v) for n, v in sorted(around.items()) if n != "__class__"]
+    for name, p in inspect.signature(function).parameters.items():
+        # a default that was computed does not show in the source
+        shown = re.search(rf"\b{name}\b[^=]*={re.escape(repr(p.default))}", source)
+        if p.default is not p.empty and not shown:
+            parts.append(_constant(name, p.default))
+    return "\n".join(parts)
 
 
 def _constant(name: str, value) -> str:
