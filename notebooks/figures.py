@@ -138,7 +138,7 @@ WORDS = {
     "dense": "all weights", "central": "one place", "fedavg": "FedAvg", "fedprox": "FedProx",
     "scaffold": "SCAFFOLD", "fedavgm": "FedAvgM", "fedadam": "FedAdam", "fedexp": "FedExP",
     "half_least_sensitive": "half, least sensitive", "half_random": "half, random",
-    "half_once_least_sensitive": "half, one round", "half_once_shuffled": "half, in its layers",
+    "half_once_least_sensitive": "half, one round", "half_once_shuffled": "half, random by layer",
     "once_least_sensitive": "tenth, one round",
     "lda": "LDA", "masked": "a tenth", "sparse": "a tenth",
     "crop_flip": "crop and flip", "query_key": "query and key",
@@ -1250,7 +1250,7 @@ def draw_interference(session: Session):
         ax.sharey(curves[0])
         draw_trade_offs(ax, measured[measured.sharding == where], session)
         ax.set_title(words(where))
-    curves[0].set_ylabel("damage, other classes (nats)")
+    curves[0].set_ylabel("damage (nats)")
     draw_cost(last, measured[measured.sharding == shardings[0]], session)
     last.set_title(words(shardings[0]))
     legend_above(fig, 5)
