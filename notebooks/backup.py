@@ -6,6 +6,7 @@ after every write. A backup that is full or gone never stops a run.
 """
 import os
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -135,10 +136,11 @@ class BackedUpStore(Store):
     def _copy(self, name: str, source: Path, target: Path) -> bool:
         try:
             write_whole(target / name, (source / name).read_bytes())
-            copied = (source / name).stat()
-            os.utime(target / name, ns=(copied.st_atime_ns, copied.st_mtime_ns))
-            return True
         except OSError as error:
             warnings.warn(f"{name} could not be copied to {target}: {error}. It is tried again "
                           "with the next file.", stacklevel=2)
             return False
+        with suppress(OSError):  # a drive may not let times be set: the copy is there all the same
+            times = (source / name).stat()
+            os.utime(target / name, ns=(times.st_atime_ns, times.st_mtime_ns))
+        return True

@@ -359,6 +359,19 @@ def test_a_newer_version_of_the_same_size_is_taken_too(backed):
     assert (again.root / "a.npy").read_bytes() == b"new"  # of the same time: not read again
 
 
+def test_a_drive_that_keeps_no_times_has_its_copies_all_the_same(backed, monkeypatch):
+    """Else every file would stay pending, and be copied again with each that is written."""
+    def refuse(*args, **options):
+        raise PermissionError("times cannot be set here")
+    monkeypatch.setattr(os, "utime", refuse)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        backed.write("a.json", b"{}")
+        (backed.backup / "a.json").unlink()
+        backed.write("b.json", b"{}")
+    assert [p.name for p in backed.backup.iterdir()] == ["b.json"]  # the first was not pending
+
+
 def test_a_damaged_result_is_taken_from_the_backup(backed, monkeypatch):
     result = federated(SHORT, backed)
     path = backed.root / f"{run_name(SHORT)}.json"
